@@ -1,0 +1,395 @@
+"""The file: SPEC 5. Names are public, illegal states cannot be written, old files are migrated."""
+
+import contextlib
+import os
+import re
+import shutil
+import sqlite3
+import stat
+import subprocess
+
+import inbound
+import pytest
+
+PUBLIC = {
+    "queue": "id name is_default",
+    "email_account": "id address display_name queue is_default inbound_secret previous_secret"
+                     " previous_secret_until validation_key smtp_host smtp_port smtp_security"
+                     " smtp_username smtp_password",
+    "ticket": "id reference queue email_account subject requester requester_name status created_at"
+              " updated_at",
+    "message": "id ticket direction message_id in_reply_to from_address from_name envelope_from"
+               " subject text html headers kind reason received_at",
+    "attachment": "id message filename content_type content_id size content",
+    "outbox": "state attempts created_at next_attempt_at last_error",
+    "rejected": "id received_at status reason content_type body",
+    "inbox": "reference queue subject requester",
+}
+
+
+@contextlib.contextmanager
+def connected(path):
+    """A connection that holds to foreign keys and commits each statement."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("PRAGMA foreign_keys = ON")
+        yield db
+
+
+@pytest.fixture
+def filled(desk):
+    """A desk with one ticket, two messages, an attachment, an outbox row and a rejected post."""
+    file = {"filename": "a.txt", "content_type": "text/plain", "content": "YQ=="}
+    desk.post(desk.mail(attachments=[file]))
+    desk.request({"text": "no sender"})
+    return desk
+
+
+# Names --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_there(desk, name):
+    columns = {row[1] for row in desk.sql(f"PRAGMA table_info({name})")}
+    assert {*PUBLIC[name].split()} <= columns
+
+
+def test_every_table_is_strict(desk):
+    tables = desk.sql("SELECT name, strict FROM pragma_table_list WHERE type = 'table'"
+                      " AND schema = 'main' AND name NOT LIKE 'sqlite_%'")
+    assert {name for name, strict in tables} >= {*PUBLIC} - {"inbox"}
+    assert [name for name, strict in tables if not strict] == []
+
+
+def test_a_column_that_points_to_a_row_has_the_table_s_name(desk):
+    for (table,) in desk.sql("SELECT name FROM sqlite_schema WHERE type = 'table'"):
+        for row in desk.sql(f"PRAGMA foreign_key_list({table})"):
+            assert row[2] == row[3]
+
+
+def test_a_new_file_has_one_account_and_one_default_queue(tmp_path, clock):
+    with contextlib.closing(inbound.Store(str(tmp_path / "new.db"), clock)) as store:
+        assert store.open() is True and store.open() is False
+    with connected(tmp_path / "new.db") as db:
+        [(secret, is_default)] = db.execute("SELECT inbound_secret, is_default FROM email_account")
+        assert len(secret) >= 16 and is_default == 1
+        assert db.execute("SELECT name FROM queue WHERE is_default").fetchall() == [("Support",)]
+        for table in ("ticket", "message", "attachment", "outbox", "rejected"):
+            assert db.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)
+
+
+def test_no_two_new_files_have_the_same_secret(tmp_path):
+    secrets = set()
+    for name in ("a.db", "b.db", "c.db"):
+        with contextlib.closing(inbound.Store(str(tmp_path / name))) as store:
+            store.open()
+            secrets.add(store.accounts()[0]["inbound_secret"])
+    assert len(secrets) == 3
+
+
+def test_times_are_whole_seconds_and_the_inbox_s_are_readable(filled):
+    for table, column in (("ticket", "created_at"), ("ticket", "updated_at"),
+                          ("message", "received_at"), ("outbox", "created_at"),
+                          ("outbox", "next_attempt_at"), ("rejected", "received_at")):
+        values = filled.sql(f"SELECT {column} FROM {table}")
+        assert {value for (value,) in values} == {filled.clock()}
+    [row] = filled.sql("SELECT * FROM inbox")
+    assert [word for word in row if re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", str(word))]
+
+
+def test_the_inbox_holds_open_tickets_newest_first(desk):
+    references = []
+    for number in range(3):
+        answer = desk.post(desk.mail(message_id=f"<{number}@x>", text=str(number)))
+        references.insert(0, answer["ticket"])
+        desk.clock.advance(60)
+    desk.run("close", references[1])
+    assert [row[0] for row in desk.sql("SELECT reference FROM inbox")] == references[::2]
+
+
+# Illegal states -----------------------------------------------------------------------------------
+
+ILLEGAL = [
+    "INSERT INTO queue (name) VALUES ('Support')",
+    "INSERT INTO queue (name) VALUES (NULL)",
+    "INSERT INTO queue (name, is_default) VALUES ('Other', 1)",
+    "INSERT INTO queue (name, is_default) VALUES ('Other', 2)",
+    "DELETE FROM queue",
+    "UPDATE email_account SET address = ''",
+    "UPDATE email_account SET address = 'support'",
+    "UPDATE email_account SET address = 'a b@x.example'",
+    "UPDATE email_account SET address = 'Support <a@x.example>'",
+    "UPDATE email_account SET address = 'a@x.example, b@x.example'",
+    "UPDATE email_account SET address = 'a@x.example' || char(10)",
+    "UPDATE email_account SET address = 'jürgen@x.example'",
+    "UPDATE email_account SET queue = 99",
+    "UPDATE email_account SET queue = NULL",
+    "UPDATE email_account SET is_default = 2",
+    "UPDATE email_account SET inbound_secret = '0123456789abcde'",
+    "UPDATE email_account SET inbound_secret = ''",
+    "UPDATE email_account SET inbound_secret = '0123456789abcdefé'",
+    "UPDATE email_account SET inbound_secret = x'30313233343536373839616263646566'",
+    "UPDATE email_account SET previous_secret = 'too-short', previous_secret_until = 1",
+    "UPDATE email_account SET previous_secret = '0123456789abcdef', previous_secret_until = NULL",
+    "UPDATE email_account SET previous_secret_until = 'tomorrow'",
+    "UPDATE email_account SET validation_key = ''",
+    "UPDATE email_account SET smtp_host = ''",
+    "UPDATE email_account SET smtp_port = 0",
+    "UPDATE email_account SET smtp_port = 65536",
+    "UPDATE email_account SET smtp_port = 'smtp'",
+    "UPDATE email_account SET smtp_security = 'ssl'",
+    "UPDATE email_account SET smtp_security = NULL",
+    "UPDATE email_account SET smtp_security = 'none', smtp_username = 'ada'",
+    "UPDATE email_account SET template = NULL",
+    "UPDATE email_account SET confirmations_per_hour = -1",
+    "UPDATE email_account SET confirmations_per_address_hour = NULL",
+    "UPDATE email_account SET confirmations_per_address_day = 'many'",
+    "INSERT INTO email_account (address, queue) SELECT upper(address), queue FROM email_account",
+    "DELETE FROM email_account",
+    "UPDATE ticket SET reference = 'T-1234'",
+    "UPDATE ticket SET reference = 't-7f3k-9q2m'",
+    "UPDATE ticket SET reference = 'T-IIII-LLLL'",
+    "UPDATE ticket SET reference = 'T-7F3K-9Q2M-'",
+    "UPDATE ticket SET reference = NULL",
+    "UPDATE ticket SET status = 'deleted'",
+    "UPDATE ticket SET status = NULL",
+    "UPDATE ticket SET queue = 99",
+    "UPDATE ticket SET email_account = 99",
+    "UPDATE ticket SET requester = NULL",
+    "UPDATE ticket SET subject = x'00'",
+    "UPDATE ticket SET created_at = 'now'",
+    "UPDATE ticket SET created_at = 1.5",
+    "UPDATE message SET ticket = 99",
+    "UPDATE message SET direction = 'sideways'",
+    "UPDATE message SET direction = 'out' WHERE direction = 'in'",
+    "UPDATE message SET direction = 'in' WHERE direction = 'out'",
+    "UPDATE message SET kind = 'spam'",
+    "UPDATE message SET kind = NULL WHERE direction = 'in'",
+    "UPDATE message SET confirmation = 'sent' WHERE direction = 'in'",
+    "UPDATE message SET confirmation = NULL WHERE direction = 'in'",
+    "UPDATE message SET message_id = NULL",
+    "UPDATE message SET reason = NULL",
+    "UPDATE message SET headers = 'From: ada'",
+    "INSERT INTO message SELECT 99, ticket, email_account, direction, message_id, digest,"
+    " in_reply_to, \"references\", from_address, from_name, envelope_from, \"to\", cc, subject,"
+    " text, html, headers, kind, reason, confirmation, notes, received_at FROM message LIMIT 1",
+    "UPDATE attachment SET message = 99",
+    "UPDATE attachment SET size = -1",
+    "UPDATE attachment SET sha256 = NULL",
+    "UPDATE attachment SET content = NULL",
+    "UPDATE attachment SET content = 'text'",
+    "UPDATE outbox SET state = 'lost'",
+    "UPDATE outbox SET state = 'sent'",
+    "UPDATE outbox SET state = 'failed', next_attempt_at = NULL",
+    "UPDATE outbox SET state = 'failed', last_error = '550'",
+    "UPDATE outbox SET next_attempt_at = NULL",
+    "UPDATE outbox SET state = 'sending', next_attempt_at = NULL",
+    "UPDATE outbox SET attempts = -1",
+    "UPDATE outbox SET purpose = 'spam'",
+    "UPDATE outbox SET message = 99",
+    "UPDATE outbox SET content = NULL",
+    "UPDATE rejected SET body = NULL",
+    "UPDATE rejected SET status = 'bad'",
+    "UPDATE rejected SET email_account = 99",
+    "INSERT INTO rejected SELECT 99, received_at, email_account, status, reason, content_type,"
+    " body, body_sha256, tries FROM rejected",
+]
+
+
+@pytest.mark.parametrize("statement", ILLEGAL)
+def test_an_illegal_state_is_refused(filled, statement):
+    with connected(filled.path) as db, pytest.raises(sqlite3.IntegrityError):
+        db.execute(statement)
+
+
+LEGAL = [
+    "UPDATE email_account SET inbound_secret = 'my-new-secret-0123456789' WHERE is_default",
+    "UPDATE email_account SET inbound_secret = NULL, previous_secret = NULL",
+    "UPDATE email_account SET smtp_host = 'mail.example', smtp_port = NULL, smtp_security = 'tls'",
+    "UPDATE email_account SET smtp_security = 'starttls', smtp_username = 'ada'",
+    "UPDATE email_account SET confirmations_per_hour = 0",
+    "UPDATE email_account SET display_name = NULL",
+    "UPDATE ticket SET status = 'closed'",
+    "UPDATE ticket SET reference = 'T-7F3K-9Q2M'",
+    "UPDATE outbox SET state = 'sending'",
+    "UPDATE outbox SET state = 'sent', next_attempt_at = NULL",
+    "UPDATE outbox SET state = 'failed', next_attempt_at = NULL, last_error = '550'",
+    "DELETE FROM ticket",
+    "DELETE FROM rejected",
+    "UPDATE queue SET name = 'Help' WHERE is_default",
+]
+
+
+@pytest.mark.parametrize("statement", LEGAL)
+def test_what_an_admin_does_by_sql_is_taken(filled, statement):
+    with connected(filled.path) as db:
+        assert db.execute(statement).rowcount == 1
+
+
+def test_with_a_ticket_goes_all_that_belongs_to_it(filled):
+    with connected(filled.path) as db:
+        db.execute("DELETE FROM ticket")
+    for table in ("message", "attachment", "outbox"):
+        assert filled.count(table) == 0
+
+
+def test_a_new_default_account_replaces_the_old_one(desk):
+    desk.run("account", "add", "sales@helpdesk.example")
+    desk.execute("UPDATE email_account SET is_default = 1 WHERE address LIKE 'sales%'")
+    assert desk.sql("SELECT address FROM email_account WHERE is_default") == [
+        ("sales@helpdesk.example",)]
+
+
+# The file -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_the_file_and_its_companions_are_the_owner_s_alone(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with contextlib.closing(inbound.Store(str(tmp_path / "new.db"))) as store:
+            store.open()
+            store.write(lambda db, now: db.execute("UPDATE email_account SET smtp_host = 'x'"))
+            files = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    finally:
+        os.umask(before)
+    assert files == {"new.db": 0o600, "new.db-wal": 0o600, "new.db-shm": 0o600}
+
+
+def test_the_file_is_in_wal_mode_and_marked_as_ours(desk):
+    assert desk.sql("PRAGMA journal_mode") == [("wal",)]
+    assert desk.sql("PRAGMA application_id") == [(int.from_bytes(b"inbd", "big"),)]
+    assert desk.sql("PRAGMA user_version") == [(inbound.SCHEMA_VERSION,)]
+    assert desk.sql("PRAGMA integrity_check") == [("ok",)]
+    assert desk.sql("PRAGMA foreign_key_check") == []
+
+
+def test_the_writer_syncs_each_commit_and_holds_to_foreign_keys(desk):
+    def settings(db, now):
+        names = ("synchronous", "foreign_keys")
+        return [db.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
+
+    assert desk.store.write(settings) == [2, 1]
+
+
+# Versions -----------------------------------------------------------------------------------------
+
+def refused(path):
+    """Open the file and close it; return the one sentence that it is refused with."""
+    store = inbound.Store(str(path))
+    with contextlib.closing(store), pytest.raises(inbound.Refused) as caught:
+        store.open()
+    assert "\n" not in caught.value.reason and path.name in caught.value.reason
+    return caught.value.reason
+
+
+def version_of(path):
+    with connected(path) as db:
+        return db.execute("PRAGMA user_version").fetchone()[0]
+
+
+def test_an_old_file_is_migrated_and_keeps_what_is_in_it(filled, monkeypatch):
+    filled.store.close()
+    monkeypatch.setattr(inbound, "SCHEMA_VERSION", 2)
+    monkeypatch.setattr(inbound, "MIGRATIONS", {1: "ALTER TABLE ticket ADD COLUMN rank INTEGER"})
+    with contextlib.closing(inbound.Store(str(filled.path))) as store:
+        assert store.open() is False
+    assert version_of(filled.path) == 2
+    assert filled.sql("SELECT subject, rank FROM ticket") == [("Printer on fire", None)]
+    with contextlib.closing(inbound.Store(str(filled.path))) as store:
+        assert store.open() is False    # once is enough
+
+
+def test_several_steps_are_taken_in_order(desk, monkeypatch):
+    desk.store.close()
+    monkeypatch.setattr(inbound, "SCHEMA_VERSION", 3)
+    monkeypatch.setattr(inbound, "MIGRATIONS", {
+        1: "ALTER TABLE ticket ADD COLUMN rank INTEGER; CREATE INDEX one ON ticket (rank)",
+        2: "ALTER TABLE ticket RENAME COLUMN rank TO weight"})
+    with contextlib.closing(inbound.Store(str(desk.path))) as store:
+        store.open()
+    assert version_of(desk.path) == 3
+    assert desk.sql("SELECT weight FROM ticket") == []
+
+
+def test_a_step_that_fails_leaves_the_old_version_and_can_be_tried_again(desk, monkeypatch):
+    desk.store.close()
+    monkeypatch.setattr(inbound, "SCHEMA_VERSION", 2)
+    for step in ("CREATE TABLE half (a) STRICT; no sql", "CREATE TABLE half (a INTEGER); no sql",
+                 "CREATE TABLE half (a INTEGER); INSERT INTO queue (name) VALUES ('Support')"):
+        monkeypatch.setattr(inbound, "MIGRATIONS", {1: step})
+        refused(desk.path)
+        assert version_of(desk.path) == 1
+        assert desk.sql("SELECT name FROM sqlite_schema WHERE name = 'half'") == []
+    monkeypatch.setattr(inbound, "MIGRATIONS", {1: "CREATE TABLE whole (a INTEGER) STRICT"})
+    with contextlib.closing(inbound.Store(str(desk.path))) as store:
+        store.open()
+    assert version_of(desk.path) == 2
+
+
+def test_a_newer_file_is_refused_in_one_sentence(desk):
+    desk.store.close()
+    with connected(desk.path) as db:
+        db.execute("PRAGMA user_version = 99")
+    assert "99" in refused(desk.path)
+    assert desk.run("tickets", status=1).startswith("inbound: ")
+    assert version_of(desk.path) == 99
+
+
+def test_another_program_s_database_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "other.db"
+    with connected(path) as db:
+        db.execute("CREATE TABLE bookmark (url TEXT)")
+    before = path.read_bytes()
+    refused(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"no database", b"\0" * 4096,
+                                     b"SQLite format 3\0" + b"x" * 4096])
+def test_what_is_no_database_is_refused_and_left_alone(tmp_path, content):
+    path = tmp_path / "inbound.db"
+    path.write_bytes(content)
+    refused(path)
+    assert path.read_bytes() == content
+
+
+def test_a_directory_and_a_path_that_leads_nowhere_are_refused(tmp_path):
+    refused(tmp_path)
+    refused(tmp_path / "none" / "inbound.db")
+
+
+# By the sqlite3 shell -----------------------------------------------------------------------------
+
+needs_shell = pytest.mark.skipif(not shutil.which("sqlite3"), reason="there is no sqlite3 shell")
+
+
+def shell(path, command):
+    result = subprocess.run(["sqlite3", str(path), command], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
+
+
+@needs_shell
+def test_the_one_liners_work_while_the_desk_is_at_work(filled):
+    [(reference,)] = filled.sql("SELECT reference FROM ticket")
+    assert shell(filled.path, "SELECT * FROM inbox").startswith(f"{reference}|")
+    shell(filled.path, "UPDATE email_account SET inbound_secret = 'my-new-secret-0123456789'"
+                       " WHERE is_default")
+    headers = {"X-Mobieus-Inbound-Secret": "my-new-secret-0123456789"}
+    assert filled.post(filled.mail(text="Two."), headers=headers)["status"] == "created"
+    assert filled.request(filled.mail()).status_int == 401
+    assert len(shell(filled.path, "SELECT * FROM inbox").splitlines()) == 2
+
+
+@needs_shell
+def test_the_comments_are_in_the_schema_of_a_live_file(desk):
+    printed = shell(desk.path, ".schema")
+    for words in ("queued → sending → sent", "NULL = unset", "null sender", "T-XXXX-XXXX"):
+        assert words in printed
+
+
+def test_each_table_explains_itself_in_its_own_words(desk):
+    tables = desk.sql("SELECT name, sql FROM sqlite_schema WHERE type = 'table'"
+                      " AND name NOT LIKE 'sqlite_%'")
+    assert [name for name, sql in tables if "--" not in sql] == []
+    [sql] = [sql for name, sql in tables if name == "outbox"]
+    for state in ("queued", "sending", "sent", "failed"):
+        assert re.search(rf"-- .*\b{state}\b", sql)
