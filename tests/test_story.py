@@ -1,0 +1,327 @@
+"""The story from the first start to the last, over real sockets: POST in, rows, mail at the relay.
+
+Everything is compared whole; what is random or the clock's is told apart first.
+"""
+
+import contextlib
+import email
+import hashlib
+import http.client
+import json
+import os
+import re
+import shlex
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from unittest.mock import ANY
+
+import inbound
+import pytest
+from conftest import URL, eventually
+
+ADDRESS, ADA = "support@helpdesk.example", "ada@customer.example"
+REFERENCE = re.compile(r"T-[0-9A-HJKMNP-TV-Z]{4}-[0-9A-HJKMNP-TV-Z]{4}")
+TEMPLATE = """Hello,
+
+we have received your message and opened a ticket for it.
+
+Your reference: {}
+
+To add something, just reply to this mail.
+"""
+FILE = b"%PDF-1.4\r\n\0\xff"
+PRINTER = {"from": f"Ada Lovelace <{ADA}>", "to": ADDRESS, "subject": "Printer on fire",
+           "text": "It burns.\r\n", "message_id": "<first@customer.example>",
+           "references": "<zero@customer.example>", "envelope": {"from": ADA},
+           "attachments": [{"filename": "fire.pdf", "content_type": "application/pdf",
+                            "content": "JVBERi0xLjQNCgD/"}]}
+
+
+# What the tests do --------------------------------------------------------------------------------
+
+def greeting_of(served):
+    """The greeting up to the end of its curl command, and that command as it stands."""
+    while not is_whole(command := "".join(served.greeting.partition("curl ")[1:])):
+        line = served.process.stdout.readline()
+        assert line, served.greeting
+        served.greeting += line
+    return served.greeting, command
+
+
+def is_whole(command):
+    """Whether a shell would run it now: it asks for no further line."""
+    try:
+        return bool(shlex.split(command)) and not command.endswith("\\\n")
+    except ValueError:  # a quotation or a line goes on
+        return False
+
+
+def shell(served, *argv, stdin=""):
+    """Run `inbound` as a user does beside the server; return what it prints."""
+    command = [sys.executable, inbound.__file__, "--db", str(served.path), *argv]
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return done.stdout
+
+
+def secret_of(served):
+    return shell(served, "secret").strip()
+
+
+def post(served, body, secret=None):
+    """POST a canonical body over a socket of its own; return (status, answer)."""
+    headers = {"X-Mobieus-Inbound-Secret": secret or secret_of(served),
+               "Content-Type": "application/json"}
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", served.port, 20)) as client:
+        client.request("POST", URL, json.dumps(body), headers)
+        response = client.getresponse()
+        return response.status, json.loads(response.read())
+
+
+def rows(served, query):
+    with contextlib.closing(sqlite3.connect(served.path)) as db:
+        db.row_factory = sqlite3.Row
+        return [dict(row) for row in db.execute(query)]
+
+
+def is_now(seconds):
+    assert abs(seconds - time.time()) < 60
+    return seconds
+
+
+def mail_of(envelope):
+    """(headers in order, unfolded; text) of a mail as the relay got it."""
+    assert envelope.content.isascii() and b"\n" not in envelope.content.replace(b"\r\n", b"")
+    mail = email.message_from_bytes(envelope.content)
+    headers = [(name, re.sub(r"\r?\n\s+", " ", value)) for name, value in mail.items()]
+    text = mail.get_payload(decode=True).decode(mail.get_content_charset())
+    return headers, text.replace("\r\n", "\n")
+
+
+# Chapter one: the first start ---------------------------------------------------------------------
+
+def test_the_first_start_prints_a_curl_that_makes_a_ticket(serve):
+    served = serve()
+    greeting, curl = greeting_of(served)
+    secret = secret_of(served)
+    words = shlex.split(curl)
+    assert f"X-Mobieus-Inbound-Secret: {secret}" in words
+    assert f"http://127.0.0.1:{served.port}{URL}" in words
+    assert f"  {secret}\n" in greeting
+    environment = os.environ | {"no_proxy": "127.0.0.1"}
+    for status in ("created", "duplicate"):
+        done = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, env=environment)
+        answer = json.loads(done.stdout)
+        assert (done.returncode, answer["status"]) == (0, status)
+    [ticket] = rows(served, "SELECT * FROM inbox")
+    assert ticket["reference"] == answer["ticket"]
+    assert served.stop() == 0
+    assert secret not in served.path.with_name("inbound.db.log").read_text()
+
+
+def test_a_second_start_prints_no_secret(serve):
+    served = serve()
+    greeting_of(served)
+    secret = secret_of(served)
+    served.stop()
+    again = serve()
+    assert secret_of(again) == secret
+    assert again.stop() == 0
+    assert secret not in again.greeting and str(again.port) in again.greeting
+    assert secret not in again.path.with_name("inbound.db.log").read_text()
+
+
+# Chapter two: a mail comes in ---------------------------------------------------------------------
+
+def ticket_row(reference, created_at):
+    return {"id": 1, "reference": reference, "queue": 1, "email_account": 1, "status": "open",
+            "subject": "Printer on fire", "requester": ADA, "requester_name": "Ada Lovelace",
+            "created_at": created_at, "updated_at": created_at}
+
+
+def incoming_row(answer, received_at):
+    return {
+        "id": answer["message"], "ticket": 1, "email_account": 1, "direction": "in",
+        "message_id": "<first@customer.example>", "digest": ANY, "in_reply_to": None,
+        "references": '["<zero@customer.example>"]', "from_address": ADA,
+        "from_name": "Ada Lovelace", "envelope_from": ADA, "to": f'["{ADDRESS}"]', "cc": "[]",
+        "subject": "Printer on fire", "text": "It burns.\r\n", "html": None, "headers": "[]",
+        "kind": "human", "reason": answer["reason"], "confirmation": "queued", "notes": "[]",
+        "received_at": received_at}
+
+
+def confirmation_row(reference, message_id, received_at):
+    subject = f"[{reference}] We received your message"
+    return {
+        "id": ANY, "ticket": 1, "email_account": 1, "direction": "out", "message_id": message_id,
+        "digest": "", "in_reply_to": "<first@customer.example>",
+        "references": '["<zero@customer.example>", "<first@customer.example>"]',
+        "from_address": ADDRESS, "from_name": "Support", "envelope_from": "", "cc": "[]",
+        "to": f'["{ADA}"]', "subject": subject, "text": TEMPLATE.format(reference), "html": None,
+        "headers": ANY, "kind": None, "reason": ANY, "confirmation": None, "notes": "[]",
+        "received_at": received_at}
+
+
+def outbox_row(created_at):
+    return {"id": 1, "message": ANY, "email_account": 1, "purpose": "confirmation",
+            "recipient": ADA, "content": ANY, "state": "queued", "attempts": 0,
+            "created_at": created_at, "next_attempt_at": created_at,
+            "give_up_at": created_at + 24 * 3600, "last_error": ""}
+
+
+def a_mail_comes_in(served):
+    """Post the first mail while no relay is set; compare every row; return the reference."""
+    status, answer = post(served, PRINTER)
+    assert (status, answer) == (200, {
+        "status": "created", "ticket": ANY, "message": ANY, "kind": "human",
+        "confirmation": "queued", "reason": ANY})
+    assert REFERENCE.fullmatch(answer["ticket"]) and len(answer["reason"]) > 10
+    [ticket] = rows(served, "SELECT * FROM ticket")
+    now = is_now(ticket["created_at"])
+    assert ticket == ticket_row(answer["ticket"], now)
+    incoming, confirmation = rows(served, "SELECT * FROM message ORDER BY direction")
+    assert incoming == incoming_row(answer, now)
+    assert confirmation == confirmation_row(answer["ticket"], confirmation["message_id"], now)
+    assert re.fullmatch("<[0-9a-z.]{32,}@helpdesk.example>", confirmation["message_id"])
+    assert rows(served, "SELECT * FROM outbox") == [outbox_row(now)]
+    assert rows(served, "SELECT * FROM attachment") == [{
+        "id": 1, "message": answer["message"], "filename": "fire.pdf",
+        "content_type": "application/pdf", "content_id": "", "size": len(FILE),
+        "sha256": hashlib.sha256(FILE).hexdigest(), "content": FILE, "note": ""}]
+    assert rows(served, "SELECT * FROM rejected") == []
+    return answer["ticket"]
+
+
+# Chapter three: our answers and theirs ------------------------------------------------------------
+
+def the_confirmation_arrives(served, sink, reference):
+    """Set the relay; compare the confirmation whole; return its Message-ID."""
+    shell(served, "account", "set", "smtp_host=127.0.0.1", f"smtp_port={sink.port}",
+          "smtp_security=none")
+    [envelope] = sink.wait(1)
+    assert (envelope.mail_from, envelope.rcpt_tos) == ("<>", [ADA])     # RFC 5321 4.5.5
+    [stored] = rows(served, "SELECT message_id FROM message WHERE direction = 'out'")
+    headers, text = mail_of(envelope)
+    date = email.utils.parsedate_to_datetime(dict(headers)["Date"])
+    is_now(date.timestamp())
+    assert headers == [
+        ("From", f"Support <{ADDRESS}>"), ("To", ADA),
+        ("Subject", f"[{reference}] We received your message"), ("Date", ANY),
+        ("Message-ID", stored["message_id"]), ("In-Reply-To", "<first@customer.example>"),
+        ("References", "<zero@customer.example> <first@customer.example>"),
+        ("Auto-Submitted", "auto-replied"), ("X-Auto-Response-Suppress", "All"),
+        ("Precedence", "bulk"), ("Content-Type", 'text/plain; charset="utf-8"'),
+        ("Content-Transfer-Encoding", "quoted-printable"), ("MIME-Version", "1.0")]
+    assert text == TEMPLATE.format(reference)
+    state = "SELECT state, attempts, next_attempt_at, last_error FROM outbox"
+    eventually(lambda: rows(served, state)[0]["state"] == "sent")
+    assert rows(served, state) == [
+        {"state": "sent", "attempts": 1, "next_attempt_at": None, "last_error": ""}]
+    return stored["message_id"]
+
+
+def the_customer_answers(served, reference, number, parent, references):
+    """Post Ada's answer to a mail of ours; assert that it is appended and gets no mail."""
+    before = rows(served, "SELECT count(*) AS n FROM outbox")
+    status, answer = post(served, {
+        "from": ADA, "subject": f"Re: whatever {number}", "text": f"Answer {number}.",
+        "message_id": f"<answer-{number}@customer.example>", "in_reply_to": parent,
+        "references": [*references, parent]})
+    assert (status, answer) == (200, {
+        "status": "appended", "ticket": reference, "message": ANY, "kind": "human",
+        "confirmation": "not due", "reason": ANY})
+    assert rows(served, "SELECT count(*) AS n FROM outbox") == before
+    [ticket] = rows(served, "SELECT status, subject, requester FROM ticket")
+    assert ticket == {"status": "open", "subject": "Printer on fire", "requester": ADA}
+
+
+def we_reply(served, sink, reference, references):
+    """Reply from the shell; compare the mail whole; return its Message-ID."""
+    shell(served, "reply", reference, stdin="Pull the plug.\n\n-- \nGrüße\n")
+    envelope = sink.wait(2)[1]
+    assert (envelope.mail_from, envelope.rcpt_tos) == (ADDRESS, [ADA])
+    headers, text = mail_of(envelope)
+    message_id = dict(headers)["Message-ID"]
+    assert headers == [
+        ("From", f"Support <{ADDRESS}>"), ("To", ADA),
+        ("Subject", f"[{reference}] Re: Printer on fire"), ("Date", ANY), ("Message-ID", ANY),
+        ("In-Reply-To", references[-1]), ("References", " ".join(references)),
+        ("Content-Type", 'text/plain; charset="utf-8"'),
+        ("Content-Transfer-Encoding", "quoted-printable"), ("MIME-Version", "1.0")]
+    assert text == "Pull the plug.\n\n-- \nGrüße\n"
+    [row] = rows(served, "SELECT * FROM message WHERE direction = 'out' ORDER BY id DESC LIMIT 1")
+    assert (row["message_id"], row["in_reply_to"]) == (message_id, references[-1])
+    return message_id
+
+
+def test_a_talk_from_the_first_mail_to_a_closed_ticket_that_opens_again(serve, sink):
+    served = serve()
+    shell(served, "account", "set", f"address={ADDRESS}")
+    reference = a_mail_comes_in(served)
+    first, zero = "<first@customer.example>", "<zero@customer.example>"
+    confirmation = the_confirmation_arrives(served, sink, reference)
+    the_customer_answers(served, reference, 1, confirmation, [zero, first])
+    line = [zero, first, confirmation, "<answer-1@customer.example>"]
+    ours = we_reply(served, sink, reference, line)
+    the_customer_answers(served, reference, 2, ours, line)
+    shell(served, "close", reference)
+    assert rows(served, "SELECT * FROM inbox") == []
+    the_customer_answers(served, reference, 3, ours, line)
+    shown = json.loads(shell(served, "show", reference, "--json"))
+    assert shown["status"] == "open"
+    assert [(message["direction"], message["message_id"]) for message in shown["messages"]] == [
+        ("in", first), ("out", confirmation), ("in", "<answer-1@customer.example>"), ("out", ours),
+        ("in", "<answer-2@customer.example>"), ("in", "<answer-3@customer.example>")]
+    status, answer = post(served, PRINTER)
+    assert (status, answer["status"], answer["ticket"]) == (200, "duplicate", reference)
+    assert served.stop() == 0
+    assert len(sink.received) == 2
+
+
+# The end ------------------------------------------------------------------------------------------
+
+def answers(served, timeout=0.2):
+    """Whether the server still takes part in the talk."""
+    try:
+        client = http.client.HTTPConnection("127.0.0.1", served.port, timeout=timeout)
+        with contextlib.closing(client):
+            client.request("GET", URL)
+            return client.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def test_sigterm_ends_it_and_what_is_in_flight_is_answered(serve):
+    served = serve()
+    secret = secret_of(served)
+    with contextlib.closing(sqlite3.connect(served.path, isolation_level=None)) as admin, \
+            contextlib.closing(http.client.HTTPConnection("127.0.0.1", served.port, 10)) as client:
+        admin.execute("BEGIN IMMEDIATE")    # so that the request has to wait
+        client.request("POST", URL, json.dumps(PRINTER), {
+            "X-Mobieus-Inbound-Secret": secret, "Content-Type": "application/json"})
+        assert answers(served, 10)  # accepted after ours, so ours has been read
+        start = time.monotonic()
+        served.process.terminate()
+        eventually(lambda: not answers(served))
+        admin.execute("ROLLBACK")
+        response = client.getresponse()
+        assert (response.status, json.loads(response.read())["status"]) == (200, "created")
+    assert served.process.wait(10) == 0 and time.monotonic() - start < 6
+    assert [row["subject"] for row in rows(served, "SELECT * FROM ticket")] == ["Printer on fire"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_idle_server_ends_at_once_and_in_peace(serve, signum):
+    served = serve()
+    eventually(lambda: answers(served))
+    start = time.monotonic()
+    assert served.stop(signum) == 0
+    assert time.monotonic() - start < 6
+    assert "Traceback" not in served.path.with_name("inbound.db.log").read_text()
+
+
+def test_whoever_has_read_the_greeting_may_already_stop_it(serve):
+    assert [serve(f"{number}.db").stop() for number in range(3)] == [0, 0, 0]
