@@ -355,7 +355,7 @@ def matches(fields, marks):
 def walk(value, path):
     """The value at a path like `a.b.0`, through JSON text too; MISSING when there is none."""
     for step in filter(None, path.split(".")):
-        value = loaded(value, value)
+        value = loaded(value, value) if isinstance(value, str) else value
         if isinstance(value, list) and step.isdigit() and int(step) < len(value):
             value = value[int(step)]
         elif isinstance(value, dict) and step in value:
@@ -914,10 +914,10 @@ def thread(db, account, message, kind):
             # As written, then of its own requester, then the liveliest. Servers change an id's case
             # and lose a trailing dot, hence NOCASE and the second spelling.
             if ticket := db.execute("""SELECT * FROM known_id
-                    WHERE email_account = ?1 AND message_id COLLATE NOCASE IN (?2, ?3)
-                    ORDER BY message_id = ?2 DESC, requester = ?4 DESC, updated_at DESC""", [
-                        account["id"], message_id, message_id[:-1].rstrip(".") + ">",
-                        message.from_address]).fetchone():
+                    WHERE email_account = :account AND message_id COLLATE NOCASE IN (:id, :other)
+                    ORDER BY message_id = :id DESC, requester = :from DESC, updated_at DESC""", {
+                        "account": account["id"], "from": message.from_address, "id": message_id,
+                        "other": message_id[:-1].rstrip(".") + ">"}).fetchone():
                 return ticket, f"{place} names a message of this ticket"
     for tag in SUBJECT_TAG.findall(message.subject)[:5]:
         ticket = db.execute("SELECT * FROM ticket WHERE reference = ? AND email_account = ?",
@@ -1042,7 +1042,7 @@ class Store:
 
 
 def connect(path, checkpoints=False):
-    db = sqlite3.connect(path, BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
     db.row_factory = sqlite3.Row
     for pragma in ("synchronous = FULL", "foreign_keys = ON", "trusted_schema = OFF",
                    "secure_delete = ON", f"wal_autocheckpoint = {1000 if checkpoints else 0}"):
@@ -1349,13 +1349,12 @@ def claim(db, now, account):
     db.execute("""UPDATE outbox SET state = 'failed', next_attempt_at = NULL, last_error =
         'not delivered in 24 h; ' || iif(last_error = '', 'no smtp_host was set', last_error)
         WHERE state = 'queued' AND give_up_at <= ?""", [now])
-    # The third condition: the clock was set back.
+    # What is due far later than we ever wait is due now: the clock was set back.
     return account["smtp_host"] and db.execute("""UPDATE outbox
-        SET state = 'sending', attempts = attempts + 1, next_attempt_at = ?1 + ?2
-        WHERE id = (SELECT id FROM outbox WHERE state = 'queued' AND email_account = ?3
-                    AND (next_attempt_at <= ?1 OR next_attempt_at > ?1 + ?4)
-                    ORDER BY next_attempt_at, id LIMIT 1)
-        RETURNING *""", [now, LEASE, account["id"], 2 * MAX_WAIT]).fetchone()
+        SET state = 'sending', attempts = attempts + 1, next_attempt_at = ?
+        WHERE id = (SELECT id FROM outbox WHERE state = 'queued' AND email_account = ?
+                    AND next_attempt_at NOT BETWEEN ? AND ? ORDER BY next_attempt_at, id LIMIT 1)
+        RETURNING *""", [now + LEASE, account["id"], now + 1, now + 2 * MAX_WAIT]).fetchone()
 
 
 def settle(db, now, row, state, error):
@@ -1371,10 +1370,11 @@ def send_due(store):
     outcomes = Counter()
     for account in store.accounts():
         # Asked first, so that an idle courier never writes.
-        due = """SELECT 1 FROM outbox WHERE email_account = ?1 AND state IN ('queued', 'sending')
-            AND (next_attempt_at <= ?2 OR next_attempt_at > ?2 + ?3 OR give_up_at <= ?2) LIMIT 1"""
+        due = """SELECT 1 FROM outbox WHERE email_account = :id AND state IN ('queued', 'sending')
+            AND (next_attempt_at NOT BETWEEN :now + 1 AND :now + :wait OR give_up_at <= :now) LIMIT 1"""
         with contextlib.closing(Relay(account)) as relay:
-            while store.rows(due, [account["id"], store.now(), 2 * MAX_WAIT]) and (
+            known = {"id": account["id"], "wait": 2 * MAX_WAIT}
+            while store.rows(due, known | {"now": store.now()}) and (
                     row := store.write(claim, account)):
                 state, error = relay.deliver(row)
                 for _ in range(5):      # the mail has left: only a database locked for long forgets

@@ -452,7 +452,8 @@ CREATE TABLE rejected (
 
 CREATE VIEW account AS                              -- what `inbound account` prints and sets
     SELECT email_account.id, address, display_name, queue.name AS queue, email_account.is_default,
-           validation_key, smtp_host, smtp_port, smtp_security, smtp_username, iif(smtp_password IS NULL, NULL, '(set)') AS smtp_password,
+           validation_key, smtp_host, smtp_port, smtp_security, smtp_username,
+           iif(smtp_password IS NULL, NULL, '(set)') AS smtp_password,
            confirmation_envelope_from, template, confirmations_per_address_hour, confirmations_per_address_day,
            confirmations_per_hour, trusted_forwarders
     FROM email_account JOIN queue ON queue.id = email_account.queue;
@@ -483,7 +484,7 @@ CREATE VIEW transcript AS                           -- the same to read, a text 
            || ifnull((SELECT group_concat(char(10) || '    note: ' || value, '') FROM json_each(notes)), '')
            || ifnull((SELECT group_concat(char(10) || '    attached: ' || filename || ' (' || content_type || ', '
                       || size || ' bytes) ' || note, '') FROM attachment WHERE message = message.id), '')
-           || char(10, 10) || rtrim(text, char(10)) || char(10) AS words
+           || char(10, 10) || rtrim(text, char(10)) AS words
     FROM message ORDER BY id;
 
 CREATE VIEW inbox AS                                -- open tickets, newest first, readable times (UTC)

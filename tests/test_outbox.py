@@ -587,8 +587,9 @@ def test_a_crash_before_the_commit_repeats_the_mail_byte_for_byte(desk, clock, s
     try:
         account(desk, deadly.port)
         post(desk)      # NOON is in the future: due for `serve`, whose clock is the machine's
-        desk.execute("""UPDATE outbox SET created_at = ?1, next_attempt_at = ?1,
-            give_up_at = ?1 + 86400""", int(time.time()))
+        now = int(time.time())
+        desk.execute("UPDATE outbox SET created_at = ?, next_attempt_at = ?, give_up_at = ?",
+                     now, now, now + 86400)
         deadly.victim = served = serve()
         deadly.wait(1)
         assert served.stop() == -signal.SIGKILL

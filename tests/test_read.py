@@ -844,7 +844,7 @@ def test_no_attachment_name_in_a_raw_mail_or_a_form_is_a_path(desk, name):
             assert file["filename"] and not set(file["filename"]) & set("/\\")
 
 
-@pytest.mark.parametrize("content", ["%%%", "abc", "=", "ö"])
+@pytest.mark.parametrize("content", ["%%%", "abc", "ö"])
 def test_an_attachment_that_cannot_be_decoded_is_listed_with_a_note(desk, content):
     shown = message(desk, desk.mail(attachments=[{"filename": "a.bin", "content": content}]))
     [file] = shown["attachments"]

@@ -35,7 +35,8 @@ def functions(source):
 
 
 def test_the_counter_counts_code_and_nothing_else():
-    source = '"""doc\nstring"""\n\n# comment\na = (1,\n     2)\ndef f():\n    """doc"""\n    return """x\ny"""\n'
+    source = ('"""doc\nstring"""\n\n# comment\na = (1,\n     2)\n'
+              'def f():\n    """doc"""\n    return """x\ny"""\n')
     assert code_lines(source) == {5, 6, 7, 9, 10}
 
 
