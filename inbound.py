@@ -41,7 +41,7 @@ import functools
 import hashlib
 import hmac
 import html
-import http
+import http.client
 import json
 import logging
 import os
@@ -55,7 +55,6 @@ import sys
 import threading
 import time
 import urllib.parse
-import urllib.request
 from collections import Counter, deque, namedtuple
 from pathlib import Path
 
@@ -388,7 +387,7 @@ def fields_of(content_type, body):
     header = email.message.Message()
     header["Content-Type"] = content_type.strip() or "application/json"
     kind = header.get_content_type()
-    if kind == "message/rfc822":
+    if kind == "message/rfc822" and body.strip():
         return body
     if kind == "multipart/form-data":
         return form_of(parts_of(body, header.get_boundary()))
@@ -525,7 +524,13 @@ class Bytewise(email.policy.Compat32):
 
 def mail_of_mime(content):
     """Return the canonical dict of a raw mail (RFC 5322, RFC 2045), read as far as it goes."""
-    content = re.sub(MBOX, b"", content)
+    content = re.sub(MBOX, b"", content.lstrip(b"\xef\xbb\xbf \t\r\n"))
+    head, *body = re.split(rb"(?=\r?\n\r?\n)", content, maxsplit=1)
+    # email.parser ends the headers at the first line that is none, and hides all below it.
+    head = re.sub(rb"\r(?!\n)", b" ", head)
+    head = re.sub(rb"(?m)^([!-9;-~]+)[ \t]+:", rb"\1:", head)      # RFC 5322 4.5.8
+    head = re.sub(rb"(?m)^(?![!-9;-~]+:|[ \t]|\r?$)", b"X-Malformed: ", head)
+    content = b"".join([head, *body])
     texts, attachments = {"text": [], "html": []}, []
     mail = email.message_from_bytes(content, policy=Bytewise())
     for part in leaves_of(mail):
@@ -747,7 +752,7 @@ def ids_of(value):
     """
     text = " ".join(text for text in items_of(value) if isinstance(text, str))
     found = MESSAGE_IDS.findall(clean(text).replace("&lt;", "<").replace("&gt;", ">"))
-    ids = (re.sub(r"""[\s"']""", "", bracketed or bare) for bracketed, bare in found
+    ids = (re.sub(r"\s", "", bracketed) or bare.strip("'") for bracketed, bare in found
            if bracketed or "@" in bare[1:-1])
     known = [*dict.fromkeys(f"<{identifier}>" for identifier in ids if identifier)]
     return known[:FIRST_REFERENCES] + known[FIRST_REFERENCES:][-LAST_REFERENCES:]
@@ -1171,11 +1176,12 @@ def insert_message(db, now, account, ticket, message, kind, reason, confirmation
 
 
 def fail_bounced(db, message):
-    """Mark our mail that a bounce brings back as failed, unless it only speaks of a delay."""
+    """Mark our mail that a bounce brings back failed, if its action (RFC 3464) or code says so."""
     report = "\n".join([*(decode(item["content"] or b"", "") for item in message.attachments
                           if item["content_type"] == "message/delivery-status"), message.text])
-    code = re.search(r"\b[45]\.\d{1,3}\.\d{1,3}\b", report)     # RFC 3463
-    if not re.search(r"^action:\s*(?:delayed|delivered|relayed|expanded)", report, re.I | re.M):
+    code = re.search(r"\b5\.\d{1,3}\.\d{1,3}\b|\b55\d\b", report)     # RFC 3463, RFC 5321 4.2.3
+    action = re.search(r"^action:\s*(\w+)", report, re.I | re.M)
+    if action[1].lower() == "failed" if action else code:
         ids = [*returned_ids(message), *message.in_reply_to, *message.references]
         db.execute("""UPDATE outbox SET state = 'failed', last_error = ? WHERE state = 'sent' AND
             message IN (SELECT message FROM known_id JOIN json_each(?) ON message_id = value)""", [
@@ -1218,8 +1224,8 @@ LABEL = "(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
 DELIVERABLE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]{1,64}"
                          rf"@(?:{LABEL}\.)+(?![0-9]){LABEL}")
 OWN_ID = re.compile("<[!-;=?-~]{1,%d}>" % (MAX_OWN_ID - 2))     # printable ASCII but < and >
-CAPS = [("confirmations_per_address_hour", 3600, "recipient"),
-        ("confirmations_per_address_day", 86400, "recipient"),
+CAPS = [("confirmations_per_address_hour", 3600, "mailbox"),
+        ("confirmations_per_address_day", 86400, "mailbox"),
         ("confirmations_per_hour", 3600, "email_account")]
 # RFC 3834 3.1.7: auto-replied. Precedence: vacation(1) and Dovecot look for it.
 AUTOMATIC = {"Auto-Submitted": "auto-replied", "X-Auto-Response-Suppress": "All",
@@ -1244,12 +1250,12 @@ def confirm(db, now, account, addresses, ticket, message, why_not):
 def reason_to_withhold(db, now, account, addresses, message):
     """Why a person's new ticket is not confirmed, signs on the mail apart; '' when it may be."""
     recipient = deliverable(message.from_address)
-    if mailbox_key(message.from_address) in map(mailbox_key, addresses):
+    if mailbox_key(recipient or message.from_address) in map(mailbox_key, addresses):
         return "the mail comes from our own address"
     if message.from_count > 1 or recipient is None:
         return "From is not one address that we write to (RFC 3834 3.1.3)"
     for cap, seconds, column in CAPS:
-        value = recipient if column == "recipient" else account["id"]
+        value = mailbox_key(recipient) if column == "mailbox" else account["id"]
         sent = db.execute(f"""SELECT 1 FROM outbox WHERE {column} = ? AND created_at > ?
             AND purpose = 'confirmation' LIMIT ?""", [value, now - seconds, account[cap]])
         if len(sent.fetchall()) >= account[cap]:
@@ -1265,9 +1271,13 @@ def deliverable(address):
     """
     local, _, domain = address.rpartition("@")
     try:
-        address = f"{local}@{domain if domain.isascii() else domain[:253].encode('idna').decode()}"
+        ascii_domain = domain.lower()[:254].encode("idna").decode()
+        # The codec is IDNA 2003: what it maps to another name (ß to ss) may be somebody else's.
+        if not domain.isascii() and ascii_domain.encode().decode("idna") != domain.lower():
+            return None
     except UnicodeError:
         return None
+    address = f"{local}@{domain if domain.isascii() else ascii_domain}"
     is_safe = len(address) <= 254 and "=?" not in local and DELIVERABLE.fullmatch(address)
     return address if is_safe else None
 
@@ -1333,8 +1343,8 @@ def send_later(db, now, account, ticket, draft, purpose):
     message, content = draft
     row = insert_message(db, now, account, ticket, message, None, f"our {purpose}")
     insert(db, "outbox", message=row, email_account=account["id"], purpose=purpose,
-           recipient=message.to[0], content=content, created_at=now, next_attempt_at=now,
-           give_up_at=now + GIVE_UP)
+           recipient=message.to[0], mailbox=mailbox_key(message.to[0]), content=content,
+           created_at=now, next_attempt_at=now, give_up_at=now + GIVE_UP)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1371,7 +1381,7 @@ def send_due(store):
     for account in store.accounts():
         # Asked first, so that an idle courier never writes.
         due = """SELECT 1 FROM outbox WHERE email_account = :id AND state IN ('queued', 'sending')
-            AND (next_attempt_at NOT BETWEEN :now + 1 AND :now + :wait OR give_up_at <= :now) LIMIT 1"""
+            AND (next_attempt_at NOT BETWEEN :now + 1 AND :now + :wait OR give_up_at <= :now)"""
         with contextlib.closing(Relay(account)) as relay:
             known = {"id": account["id"], "wait": 2 * MAX_WAIT}
             while store.rows(due, known | {"now": store.now()}) and (
@@ -1570,22 +1580,25 @@ def reply(args, store):
 def relay(args, store):
     """Post the mail on standard input; exit as sysexits.h says, for Postfix, Exim and OpenSMTPD."""
     sender = os.environ.get("SENDER") if args.sender is None else args.sender
-    path = "" if sender is None else f"Return-Path: <{sender.strip('<>')}>\r\n"
-    mail = re.sub(MBOX, b"", sys.stdin.buffer.read())
+    path = b"" if sender is None else os.fsencode(f"Return-Path: <{sender.strip('<>')}>\r\n")
+    mail = path + re.sub(MBOX, b"", sys.stdin.buffer.read())
     try:
-        secret = os.environ.get("INBOUND_SECRET") or Path(args.secret_file).read_text().strip()
-        request = urllib.request.Request(args.known["url"], path.encode() + mail, {
-            "Content-Type": "message/rfc822", "X-Mobieus-Inbound-Secret": secret})
-        with urllib.request.urlopen(request, timeout=60) as response:
-            # Anything but our own answer is somebody else's page, perhaps behind a redirect.
-            words = response.read()
-            code = 0 if loaded(decode(words, "")) else 75
-    except urllib.request.HTTPError as error:
-        words = error.read()
-        code = {401: 77, 400: 65, 413: 65, 415: 65, 422: 65}.get(error.code, 75)
-    except (OSError, ValueError) as error:
-        code, words = 75, f"{type(error).__name__}: {error}".encode()
-    print(decode(words, "").strip(), file=sys.stderr if code else sys.stdout)
+        url = urllib.parse.urlsplit(args.known["url"])
+        kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+        secret = os.environ.get("INBOUND_SECRET") or Path(args.secret_file).read_text()
+        secret = secret.strip().partition("\n")[0].strip()
+        with contextlib.closing(kind(url.netloc, timeout=60)) as connection:    # no redirects
+            target = urllib.parse.urlunsplit(("", "", *url[2:4], ""))
+            connection.request("POST", target, mail, {
+                "Content-Type": "message/rfc822", "X-Mobieus-Inbound-Secret": secret})
+            response = connection.getresponse()
+            words = decode(response.read(), "")
+        code = {200: 0, 401: 77, 400: 65, 413: 65, 415: 65, 422: 65}.get(response.status, 75)
+        if not at(loaded(words), "status" if code == 0 else "error") and response.status != 413:
+            code = 75       # somebody else's page
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        code, words = 75, f"{type(error).__name__}: {error}"
+    print(words.strip(), file=sys.stderr if code else sys.stdout)
     raise SystemExit(code)
 
 
@@ -1680,7 +1693,7 @@ def command_of(commands, words):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise Refused(2, f"{message}: see inbound --help")
+        raise Refused(2, f"{message.partition(':')[0]}: see inbound --help")   # no values
 
 
 def main(argv=None, clock=time.time):
@@ -1690,7 +1703,7 @@ def main(argv=None, clock=time.time):
     if not argv or {"-h", "--help"} & {*argv}:
         print(__doc__.strip())
         return 0 if argv else 2
-    parser = Parser(prog="inbound", add_help=False)
+    parser = Parser(prog="inbound", add_help=False, allow_abbrev=False)
     parser.add_argument("words", nargs="*")
     for name, default in (("--db", os.environ.get("INBOUND_DB", "inbound.db")), ("--account", ""),
                           ("--listen", "127.0.0.1:8080"), ("--keep", "24h"), ("--sender", None),
@@ -1714,7 +1727,7 @@ def main(argv=None, clock=time.time):
             rows = {row["usage"]: row["statement"] for row in store.rows("SELECT * FROM command")}
             statement, args.known = command_of(rows, args.words)
             if not statement:
-                raise Refused(2, f"{' '.join(args.words)!r} is no command: see inbound --help")
+                raise Refused(2, f"no such use of {args.words[:1]}: see inbound --help")
             run_statement(args, store, statement)
         return 0
     except (Refused, sqlite3.IntegrityError) as error:      # the latter: a CHECK or UNIQUE of ours

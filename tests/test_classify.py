@@ -78,7 +78,7 @@ MAIL = [
     ("human-no-to-at-all.eml", "human", "queued", "Bcc, and the program wrote no To"),
     ("human-many-recipients.eml", "human", "queued", "one of ten in To and Cc"),
     ("human-return-path-own.eml", "human", "queued", "the envelope sender is the author"),
-    ("human-return-path-null-lower.eml", "human", "queued", "only a first line counts"),
+    ("human-return-path-null-lower.eml", "human", "withheld", "not the envelope, but believed"),
     ("human-return-path-empty.eml", "human", "queued", "no value = unknown, not null"),
     ("human-return-path-owner.eml", "human", "withheld", "a never-answer envelope sender"),
     ("human-return-path-srs.eml", "human", "queued", "a forwarder's SRS rewrite is fine"),
