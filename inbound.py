@@ -68,7 +68,8 @@ MAX_BODY = int(os.environ.get("INBOUND_MAX_BODY", 72 * 2**20))  # bytes; 413. 50
 MAX_ADDRESS_HEADER = 998    # characters; the rest is not looked at. RFC 5322 2.1.1: a line's length
 MAX_OWN_ID = 250            # characters; a longer id is stored but never enters our own headers
 FIRST_REFERENCES, LAST_REFERENCES = 20, 80  # ids; those between do not count. The last = parent
-BUSY_TIMEOUT = 3.0          # seconds a request waits for SQLite's lock; 503. SIGTERM leaves it 5 s
+BUSY_TIMEOUT = 2.0          # seconds one waits for SQLite's lock, then 503; with a queue before it
+                            # a request may wait twice that, and SIGTERM leaves it 5 s
 REFUSALS_SHOWN = 3600       # seconds for which /healthz warns of a refused secret
 # Seconds: a courier's lease of a row, then it is anybody's again; one delivery in all, past it it
 # is tried again; between two looks at the outbox when nothing wakes the courier.
@@ -141,14 +142,14 @@ def make_app(store):
 
 def app(environ, start_response):
     """The WSGI application for other servers: database from $INBOUND_DB, made on first use."""
-    return app_of(os.environ.get("INBOUND_DB", "inbound.db"))(environ, start_response)
+    return app_of(os.environ.get("INBOUND_DB") or "inbound.db")(environ, start_response)
 
 
 app_of = functools.cache(lambda path: make_app(Store(path)))
 
 
 def remark_of(content):
-    """What the log says of an answer: status, ticket and why; none of it in the sender's words."""
+    """What the log says of an answer: status, ticket and why; `app` escapes and caps it."""
     names = ("status", "ticket", "kind", "confirmation", "reason", "error")
     return "; ".join(" ".join(str(item[name]) for name in names if item.get(name))
                      for item in content.get("messages", [content]))
@@ -168,16 +169,20 @@ def respond(store, environ):
     read_body = functools.cache(lambda: body_of(environ))
     account = authenticate(store, environ, read_body)
     post = Post(account, environ.get("CONTENT_TYPE", ""), read_body())
-    provider, content = receive(store, post)
+    by_body = presented_secret(environ) is None
+    try:
+        provider, content = receive(store, post)
+    except Refused as refusal:
+        if refusal.status == 503 or not by_body:
+            raise
+        provider, content = "SocketLabs", {"status": "refused", "reason": refusal.reason}
     # SocketLabs wants its Validation Key as the body of every answer (SPEC 2).
-    return 200, content, account["validation_key"] if provider == "SocketLabs" else None
+    return 200, content, account["validation_key"] if by_body or provider == "SocketLabs" else None
 
 
 def body_of(environ):
     """Return the request's body, bytes; Refused 413 over MAX_BODY, 400 when it ends early."""
     length = environ.get("CONTENT_LENGTH") or ("" if environ.get("wsgi.input_terminated") else "0")
-    if not re.fullmatch("[0-9]{0,18}", length):
-        raise Refused(400, f"Content-Length {length[:40]!r} is not a number of bytes")
     body = environ["wsgi.input"].read(min(int(length or MAX_BODY + 1), MAX_BODY + 1))
     if len(body) > MAX_BODY:
         raise Refused(413, f"the body is larger than {MAX_BODY} bytes")
@@ -200,16 +205,17 @@ def receive(store, post):
         mails = [understand(reading, member, signs, addresses, post) for member in reading.members]
         results = store.write(file_all, post, addresses, mails)
     except Refused as refusal:      # the value that it names may be the secret itself
-        words = json.dumps([refusal.reason, refusal.more]).encode()
-        reason, more = json.loads(starred(post, words))
+        reason = starred(post.account, refusal.reason)
         if refusal.status in (400, 415, 422):
-            store.write(keep, post, refusal.status, reason)
-        raise Refused(refusal.status, reason, **more)
+            store.write(keep, safe(post), refusal.status, reason)
+        faults = {"fields": {name: starred(post.account, fault) for name, fault in faults.items()}
+                  for faults in refusal.more.values()}
+        raise Refused(refusal.status, reason, **faults)
     except Exception as error:
         results = [store.write(quarantine, post, error)]
     if not results:
         if reading.is_kept:
-            store.write(keep, post, 200, reading.ignored)
+            store.write(keep, safe(post), 200, reading.ignored)
         return reading.provider, {"status": "ignored", "reason": reading.ignored}
     if any(result["confirmation"] == "queued" for result in results):
         store.has_mail.set()
@@ -235,11 +241,11 @@ def health(store):
         store.write(lambda db, now: None)
         for row in store.rows("SELECT is_urgent, words FROM trouble"):
             (reasons if row["is_urgent"] else warnings).append(row["words"])
-    except Refused as refusal:
-        reasons.append(refusal.reason)
-    disk = os.statvfs(Path(store.path).resolve().parent)
-    if disk.f_bavail < disk.f_blocks * 0.05:
-        reasons.append(f"disk: {disk.f_bavail / disk.f_blocks:.1%} free, expected 5 % or more")
+        disk = os.statvfs(Path(store.path).resolve().parent)
+        if disk.f_bavail < disk.f_blocks * 0.05:
+            reasons.append(f"disk: {disk.f_bavail / disk.f_blocks:.1%} free, expected 5 % or more")
+    except (Refused, OSError) as error:
+        reasons.append(str(error))
     if refused := sum(moment > store.now() - REFUSALS_SHOWN for moment in [*store.refusals]):
         warnings.append(f"{refused} posts had a wrong secret in the last hour")
     return ((503, {"status": "degraded", "reasons": reasons}, None) if reasons else
@@ -256,24 +262,22 @@ def authenticate(store, environ, read_body):
     `read_body` is called only when no other place holds a secret and some account uses SocketLabs.
     Refused 503 while no account has a secret (so that providers keep the mail), else 401.
     """
-    known = store.rows("""SELECT *, inbound_secret AS secret FROM email_account
-        WHERE inbound_secret IS NOT NULL UNION ALL SELECT *, previous_secret FROM email_account
-        WHERE previous_secret_until > ? AND previous_secret IS NOT NULL""", [store.now()])
+    known = store.rows("SELECT * FROM valid_secret WHERE until > ?", [store.now()])
     presented, found = presented_secret(environ), None
     if not known:
         raise Refused(503, "no secret is set yet: run `inbound secret rotate`")
     if in_body := presented is None and any(account["validation_key"] for account in known):
-        with contextlib.suppress(Refused):      # SocketLabs' SecretKey
+        with contextlib.suppress(Exception):    # SocketLabs' SecretKey, from anybody so far
             fields = fields_of(environ.get("CONTENT_TYPE", ""), read_body())
             presented = str(at(fields, "SecretKey") or "").encode("utf-8", "replace")
     for account in known:       # digests: compare_digest takes longer for a longer argument
         ours, theirs = map(hashlib.sha256, (account["secret"].encode(), presented or b""))
         is_same = hmac.compare_digest(ours.digest(), theirs.digest())
-        found = account if is_same and (account["validation_key"] or not in_body) else found
+        if is_same and not found and (account["validation_key"] or not in_body):
+            found = account
     if found is None:
         store.refusals.append(store.now())
-        raise Refused(401, "the secret is missing or wrong: expected it in the header "
-                           "X-Mobieus-Inbound-Secret, in ?secret= or as the HTTP Basic password")
+        raise Refused(401, "no right secret in X-Mobieus-Inbound-Secret, ?secret= or HTTP Basic")
     return found
 
 
@@ -326,12 +330,12 @@ def read(content_type, body, providers):
             raise Refused(422, row["answer"])
         if row["answer"]:
             return Reading(row["name"], ignored=row["answer"], is_kept=row["status"] == 202)
-        members = [fields] if row["members"] is None else at(fields, row["members"])
+        is_batch = row["members"] is not None
+        members = at(fields, row["members"]) if is_batch else [fields]
         if not isinstance(members := loaded(members, members), list):
             raise Refused(400, f"{row['members']!r} is not a JSON list")
-        if is_batch := row["members"] is not None:
-            marks, path = row["member_marks"], row["member"]
-            members = [at(member, path) for member in members if matches(member, marks)]
+        marks, path = row["member_marks"], row["member"]
+        members = [at(member, path) for member in members if matches(member, marks)]
         to_mail = functools.partial(mail_of, row["fields"])
         return Reading(row["name"], members, to_mail, is_batch, f"{row['name']} posted no mail")
     if isinstance(fields, Form):
@@ -355,11 +359,9 @@ def walk(value, path):
     """The value at a path like `a.b.0`, through JSON text too; MISSING when there is none."""
     for step in filter(None, path.split(".")):
         value = loaded(value, value) if isinstance(value, str) else value
-        if isinstance(value, list) and step.isdigit() and int(step) < len(value):
-            value = value[int(step)]
-        elif isinstance(value, dict) and step in value:
-            value = value[step]
-        else:
+        try:
+            value = value[int(step) if isinstance(value, list) else step]
+        except (LookupError, TypeError, ValueError):
             return MISSING
     return value
 
@@ -428,7 +430,7 @@ def parts_of(body, boundary):
         if chunk.startswith(b"--"):
             return
         head, _, content = chunk.partition(b"\r\n\r\n")
-        header = email.message_from_string(decode(head.lstrip(), "utf-8"))
+        header = email.message_from_string(decode(head.lstrip(), "utf-8"), policy=Bytewise())
         name = str(header.get_param("name", "", "content-disposition"))
         yield name, header if header.get_filename() is not None else None, content
 
@@ -456,8 +458,9 @@ def form_of(parts):
         is_more = isinstance(branch.get(leaf), str) and isinstance(value, str)
         branch[leaf] = f"{branch[leaf]}\n{value}" if is_more else value   # Mailgun may split a body
     mapped = [(field, known) for known, field in loaded(form.get("content-id-map")).items()]
-    for file in form.get("files", ()):
-        info = at(form, f"attachment-info.{file['field']}.content-id")
+    infos = loaded(form.get("attachment-info"))
+    for file in form["files"] if isinstance(form.get("files"), list) else ():
+        info = at(infos, f"{file['field']}.content-id")
         file["cid"] = info or next((known for field, known in mapped if field == file["field"]), "")
     return form
 
@@ -519,7 +522,9 @@ class Bytewise(email.policy.Compat32):
     """The old policy, as the new one's address parser is quadratic; with 8-bit headers as text."""
 
     def header_fetch_parse(self, name, value):
-        return decode(value.encode("utf-8", "surrogateescape"), "utf-8")
+        value = decode(value.encode("utf-8", "surrogateescape"), "utf-8")
+        is_long = len(value) > 9999 or value.count(";") > 99    # email's parameters are quadratic
+        return value.partition(";")[0] if is_long and name.lower()[:8] == "content-" else value
 
 
 def mail_of_mime(content):
@@ -528,8 +533,10 @@ def mail_of_mime(content):
     head, *body = re.split(rb"(?=\r?\n\r?\n)", content, maxsplit=1)
     # email.parser ends the headers at the first line that is none, and hides all below it.
     head = re.sub(rb"\r(?!\n)", b" ", head)
-    head = re.sub(rb"(?m)^([!-9;-~]+)[ \t]+:", rb"\1:", head)      # RFC 5322 4.5.8
-    head = re.sub(rb"(?m)^(?![!-9;-~]+:|[ \t]|\r?$)", b"X-Malformed: ", head)
+    head = re.sub(rb"(?m)^(?![!-9;-~]+:|[ \t]|\r?$)(?:([!-9;-~]+)[ \t]+:)?",      # RFC 5322 4.5.8
+                  lambda line: line[1] + b":" if line[1] else b"X-Malformed: ", head)
+    if len(re.findall(rb"(?i)boundary\s*=", content)) > 100:        # each line is held against each
+        raise ValueError("more than 100 boundaries")
     content = b"".join([head, *body])
     texts, attachments = {"text": [], "html": []}, []
     mail = email.message_from_bytes(content, policy=Bytewise())
@@ -575,9 +582,11 @@ ADDR_SPEC = re.compile(r'(?:[^\s<>()\[\],;:\\"@]+|"[^"\r\n]+")'
 QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 NAME_ADDR = re.compile(r'((?:"(?:[^"\\]|\\.)*"|[^"<>])*)<([^<>]*)>\s*(?:\([^()]*\))?')
 MESSAGE_IDS = re.compile(r'<([^<>]+)>|([^\s<>,;"()]+)')
+WORD = r"=\?[^?\s]+\?[bq]\?(?:[^=?]|=(?!\?[^=])|\?(?!=))*\?="     # it ends before the next `=?`
+WORDS = re.compile(rf"{WORD}(?:\s*{WORD}){{0,99}}", re.I)           # decode_header is quadratic
 CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]+ ?")  # RFC 5322 2.2.3: a fold is one space
 # To the end where they are not closed, so that nothing is ever looked at twice.
-HIDDEN = re.compile(r"(?is)<!--(?:>|.*?(?:-->|\Z))|<(script|style|title)\b.*?(?:</\1\s*>|\Z)")
+HIDDEN = re.compile(r"(?is)<!--(?:>|.*?-->|.*)|<(script|style|title)\b(?:.*?</\1\s*>|.*)|&#\d{8,}")
 
 
 def normalise(mail, is_strict):
@@ -586,24 +595,23 @@ def normalise(mail, is_strict):
     `is_strict` is for the canonical body itself: Refused 422 lists every field that is missing or
     of the wrong type. Elsewhere such a field costs nothing but a note.
     """
-    faults, notes = {}, [*mail.get("notes", ())]
-    text, markup, subject, sender, sender_name, own_id = (text_of(mail, name, faults) for name in (
+    faults, notes = {}, []
+    text, markup, subject, from_text, from_name, own_id = (text_of(mail, name, faults) for name in (
         "text", "html", "subject", "from", "from_name", "message_id"))
     headers = headers_of(mail.get("headers"), faults)
-    attachments = attachments_of(mail.get("attachments"), faults, notes)
+    attachments = attachments_of(mail.get("attachments"), faults)
     envelope_from = envelope_sender(mail.get("envelope"), faults)
     for name in ("in_reply_to", "references", "to", "cc"):
         if not isinstance(mail.get(name), (str, list, type(None))):
             faults[name] = f"expected a string or a list, not {type(mail[name]).__name__}"
     parents = ids_of(mail.get("in_reply_to") or header_values(headers, "in-reply-to"))
     references = ids_of(mail.get("references") or header_values(headers, "references"))
-    named = mailboxes_of(sender)
+    named = mailboxes_of(from_text)
     name, address = [*named, ("", envelope_from or "MAILER-DAEMON")][0]
     if not named and envelope_from:
         notes.append("From is unusable: the envelope sender stands for it")
     elif not named:
-        wrong = sender and f"expected an address, not {sender[:100]!r}"
-        faults.setdefault("from", wrong or "required")
+        faults.setdefault("from", from_text and f"not an address: {from_text[:99]!r}" or "required")
     subject = one_line(subject) or "(no subject)"
     digest = digest_of(address, subject, text, markup, attachments)
     if not (message_id := message_id_of(own_id)):
@@ -611,16 +619,18 @@ def normalise(mail, is_strict):
         # The Date, where there is one, tells two mails of the same words apart.
         seed = "".join([digest, *header_values(headers, "date")])
         message_id = f"<{hashlib.sha256(seed.encode()).hexdigest()[:32]}@missing.invalid>"
+    if not (named or own_id or text or markup or attachments or mail.get("subject") or is_strict):
+        raise ValueError("nothing in it reads as a mail")
     sentences = [f"{field}: {fault}" for field, fault in faults.items()]
     if faults and is_strict:
         raise Refused(422, "; ".join(sentences), fields=faults)
     return Message(
         message_id=message_id, digest=digest, in_reply_to=parents, references=references,
-        from_address=address, from_count=len(named), from_name=one_line(sender_name) or name,
+        from_address=address, from_count=len(named), from_name=one_line(from_name) or name,
         envelope_from=envelope_from, subject=subject, html=markup or None, headers=headers,
         to=addresses_of(mail.get("to")), cc=addresses_of(mail.get("cc")), attachments=attachments,
         text=text if text.strip() else html_to_text(markup), notes=notes + sentences,
-        verdict=mail.get("verdict", ""))
+        verdict="" if is_strict else mail.get("verdict", ""))
 
 
 def clean(text):
@@ -630,7 +640,8 @@ def clean(text):
 
 def one_line(text):
     """A header's value in one line: unfolded, RFC 2047 words decoded, controls blanked."""
-    return CONTROLS.sub(" ", clean(decode_words(CONTROLS.sub(" ", clean(text))))).strip()
+    text = WORDS.sub(lambda run: decode_words(run[0]), CONTROLS.sub(" ", clean(text)))
+    return CONTROLS.sub(" ", clean(text)).strip()
 
 
 def text_of(mail, name, faults):
@@ -643,11 +654,10 @@ def text_of(mail, name, faults):
 
 
 def decode_words(text):
-    """Decode RFC 2047 encoded-words; what is broken stays as it is."""
+    """Decode a run of RFC 2047 encoded-words; what is broken stays as it is."""
     with contextlib.suppress(ValueError, email.errors.MessageError):
-        words = email.header.decode_header(text) if "=?" in text else [(text, None)]
-        return "".join(word if isinstance(word, str) else decode(
-            word, charset or "raw-unicode-escape") for word, charset in words)
+        return "".join(word if isinstance(word, str) else decode(word, charset)
+                       for word, charset in email.header.decode_header(text))
     return text
 
 
@@ -655,7 +665,7 @@ def decode(content, charset, misfit=None):
     """The text of bytes: in the charset claimed, else `misfit`, else as UTF-8 or Windows-1252."""
     # What is labelled Latin-1 holds Windows-1252 (the WHATWG encoding standard reads it so).
     # punycode and idna decode in quadratic time, and nobody writes mail in them.
-    name = re.sub("[^a-z0-9-]", "-", (charset or "utf-8").lower())
+    name = re.sub("[^a-z0-9]+", "-", (charset or "utf-8").lower()).strip("-")
     name = {"iso-8859-1": "cp1252", "punycode": "utf-8", "idna": "utf-8"}.get(name, name)
     for candidate in (name, "utf-8") if misfit is None else (name,):
         with contextlib.suppress(LookupError, ValueError):
@@ -739,9 +749,7 @@ def envelope_sender(envelope, faults):
 
 def message_id_of(value):
     """The Message-ID with its brackets, of any length; '' when `value` holds none."""
-    found = re.search("<([^<>]+)>", value)
-    inner = re.sub(r"\s", "", found[1] if found else value.strip(' \t\r\n<>"'))
-    return f"<{inner}>" if inner else ""
+    return next(iter(ids_of(value) or ids_of("<%s>" % value.strip(' <>"'))), "")
 
 
 def ids_of(value):
@@ -758,14 +766,14 @@ def ids_of(value):
     return known[:FIRST_REFERENCES] + known[FIRST_REFERENCES:][-LAST_REFERENCES:]
 
 
-def attachments_of(value, faults, notes):
+def attachments_of(value, faults):
     """Rows of `attachment` from a list of objects, whatever a provider calls their fields."""
     if value is not None and not isinstance(value, list):
         faults["attachments"] = f"expected a list, not {type(value).__name__}"
     rows = []
     for item in value if isinstance(value, list) else ():
         if not isinstance(item, dict):
-            notes.append(f"an attachment is no object but {type(item).__name__}: left out")
+            faults["attachments"] = f"expected objects in it, not {type(item).__name__}"
             continue
         known = {re.sub("[^a-z0-9]", "", key.lower()): part for key, part in item.items()}
         name, kind, content_id = (one_line(str(at(known, names) or "")) for names in (
@@ -773,7 +781,7 @@ def attachments_of(value, faults, notes):
         content, note = at(known, "content|data"), "not kept: its content is not in the post"
         try:
             if isinstance(content, dict):       # Node's Buffer: {"type": "Buffer", "data": [ints]}
-                content = bytes(content["data"])
+                content = bytes([*content["data"]])
             elif isinstance(content, str):      # Mandrill; RFC 2045 6.8: line breaks do not count
                 content = (content.encode() if known.get("base64") is False else
                            base64.b64decode(re.sub(r"\s", "", content), validate=True))
@@ -911,9 +919,10 @@ RETURNED_ID = re.compile(r"^[> \t]*(?:x-)?(?:original-)?message-id:\s*(<[^<>\s]+
 def thread(db, account, message, kind):
     """Return (ticket row or None, reason). All ids count that this account received or sent."""
     # RFC 5322 3.6.4: In-Reply-To names the parent, and so does the last of References.
-    places = [("In-Reply-To", message.in_reply_to), ("References", message.references[::-1])]
-    if kind in ("bounce", "auto-reply"):    # RFC 3464 2, RFC 8098 3.2.5: the mail that came back
-        places.append(("the returned message", returned_ids(message)))
+    # RFC 3464 2, RFC 8098 3.2.5: reports and receipts carry the mail that came back.
+    returned = returned_ids(message) if kind in ("bounce", "auto-reply") else []
+    places = [("In-Reply-To", message.in_reply_to), ("References", message.references[::-1]),
+              ("the returned message", returned)]
     for place, ids in places:
         for message_id in ids:
             # As written, then of its own requester, then the liveliest. Servers change an id's case
@@ -955,6 +964,7 @@ def mailbox_key(address):
 
 SCHEMA_VERSION, APPLICATION_ID = 1, 1768841828      # schema.sql's
 MIGRATIONS = {}                 # user_version → the SQL that makes the next version of it
+# These very classes: their heirs, IntegrityError and DataError, are the message's fault.
 TROUBLE = (sqlite3.OperationalError, sqlite3.DatabaseError, sqlite3.InternalError)
 
 
@@ -982,7 +992,9 @@ class Store:
             with contextlib.closing(connect(self.path)) as db:
                 was_made = migrate(db, self.path)
         except (OSError, sqlite3.Error) as error:
-            raise Refused(503, f"cannot open the database {self.path!r}: {error}")
+            if "already exists" not in str(error):      # another process has just made it, whole
+                raise Refused(503, f"cannot open the database {self.path!r}: {error}")
+            was_made = False
         self._is_open = True
         return was_made
 
@@ -1005,11 +1017,11 @@ class Store:
 
         What `work` raises is raised here and undone alone. Refused 503 if nothing could be stored.
         """
-        future, since = concurrent.futures.Future(), time.monotonic()
+        future = concurrent.futures.Future()
         self._jobs.append((work, args, future))
         with self._lock:
             if not future.done():   # nobody before us took it along
-                self._commit(max(0.1, BUSY_TIMEOUT - (time.monotonic() - since)))
+                self._commit()
         try:
             return future.result()
         except sqlite3.Error as error:
@@ -1017,28 +1029,21 @@ class Store:
                 raise Refused(503, f"the database cannot be written: {error}")
             raise
 
-    def _commit(self, patience):
+    def _commit(self):
         jobs, outcomes = [self._jobs.popleft() for _ in range(len(self._jobs))], []
         try:
             self._is_open or self.open()
             self._writer = self._writer or connect(self.path, self.checkpoints)
-            self._writer.execute(f"PRAGMA busy_timeout = {int(1000 * patience)}")
             self._writer.execute("BEGIN IMMEDIATE")
             for work, args, future in jobs:
-                try:
-                    with savepoint(self._writer):
-                        outcomes.append((future.set_result, work(self._writer, self.now(), *args)))
-                except Exception as error:
-                    if not self._writer.in_transaction:     # a full disk ends the whole of it
-                        raise
-                    outcomes.append((future.set_exception, error))
+                outcomes.append((future, *attempt(self._writer, work, self.now(), *args)))
             self._writer.execute("COMMIT")
         except Exception as error:
-            outcomes = [(future.set_exception, error) for _, _, future in jobs]
+            outcomes = [(future, None, error) for _, _, future in jobs]
             # Never a second fsync on a descriptor whose first failed: the next write opens anew.
             self._writer = self._writer and self._writer.close()
-        for conclude, outcome in outcomes:
-            conclude(outcome)
+        for future, result, error in outcomes:
+            future.set_exception(error) if error else future.set_result(result)
 
     def close(self):
         for db in filter(None, [*self._readers, self._writer]):
@@ -1055,18 +1060,19 @@ def connect(path, checkpoints=False):
     return db
 
 
-@contextlib.contextmanager
-def savepoint(db):
-    """Undo what the block did, and only that, when it raises."""
-    db.execute("SAVEPOINT block")
+def attempt(db, work, *args):
+    """Return (result, None) of `work(db, *args)`, or (None, what it raised) with all undone."""
+    db.execute("SAVEPOINT attempt")
     try:
-        yield
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK TO block")
-            db.execute("RELEASE block")
-        raise
-    db.execute("RELEASE block")
+        result = work(db, *args)
+        db.execute("RELEASE attempt")
+        return result, None
+    except Exception as error:
+        if not db.in_transaction:       # a full disk ends the whole of it
+            raise
+        db.execute("ROLLBACK TO attempt")
+        db.execute("RELEASE attempt")
+        return None, error
 
 
 def migrate(db, path):
@@ -1076,8 +1082,7 @@ def migrate(db, path):
     if tables and ours != APPLICATION_ID:
         raise Refused(503, f"{path!r} is the database of another program")
     if version > SCHEMA_VERSION:
-        raise Refused(503, f"{path!r} has schema version {version}, this program knows "
-                           f"{SCHEMA_VERSION}: update inbound")
+        raise Refused(503, f"{path!r} has the newer schema version {version}: update inbound")
     if not tables:
         db.execute("PRAGMA journal_mode = WAL")
         schema = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
@@ -1101,15 +1106,12 @@ def file_all(db, now, post, addresses, mails):
     """Store each member of a post as `understand` returned it; what failed is kept, alone."""
     results = []
     for mail in mails:
-        try:
-            if isinstance(mail, Exception):
-                raise mail
-            with savepoint(db):
-                results.append(file_message(db, now, post.account, addresses, *mail))
-        except Exception as error:
-            if type(error) in TROUBLE:
-                raise
-            results.append(quarantine(db, now, post, error))
+        result, error = None, mail
+        if not isinstance(mail, Exception):
+            result, error = attempt(db, file_message, now, post.account, addresses, *mail)
+        if type(error) in TROUBLE:
+            raise error
+        results.append(quarantine(db, now, post, error) if error else result)
     return results
 
 
@@ -1137,7 +1139,7 @@ def file_message(db, now, account, addresses, message, kind, why, why_not):
     if draft:
         send_later(db, now, account, ticket, draft, "confirmation")
     elif kind == "bounce":
-        fail_bounced(db, message)
+        fail_bounced(db, account, message)
     return answer_of(status, ticket, row, kind, confirmation, reason)
 
 
@@ -1160,8 +1162,7 @@ def open_ticket(db, now, account, message, kind):
 
 def insert_message(db, now, account, ticket, message, kind, reason, confirmation=None):
     """Insert a message and its attachments; return its id."""
-    row = message._asdict()
-    attachments, _, _ = (row.pop(name) for name in ("attachments", "from_count", "verdict"))
+    row = dict(zip(Message._fields[:-3], message))
     is_strange = mailbox_key(message.from_address) != mailbox_key(ticket["requester"])
     if is_strange and kind not in (None, "bounce", "auto-reply"):
         stranger = f"written by a stranger to this ticket: {message.from_address}"
@@ -1170,12 +1171,12 @@ def insert_message(db, now, account, ticket, message, kind, reason, confirmation
             "direction": "in" if kind else "out", "kind": kind, "reason": reason,
             "confirmation": confirmation, "in_reply_to": " ".join(message.in_reply_to) or None}
     identifier = insert(db, "message", **row)
-    for attachment in attachments:
+    for attachment in message.attachments:
         insert(db, "attachment", message=identifier, **attachment)
     return identifier
 
 
-def fail_bounced(db, message):
+def fail_bounced(db, account, message):
     """Mark our mail that a bounce brings back failed, if its action (RFC 3464) or code says so."""
     report = "\n".join([*(decode(item["content"] or b"", "") for item in message.attachments
                           if item["content_type"] == "message/delivery-status"), message.text])
@@ -1184,35 +1185,38 @@ def fail_bounced(db, message):
     if action[1].lower() == "failed" if action else code:
         ids = [*returned_ids(message), *message.in_reply_to, *message.references]
         db.execute("""UPDATE outbox SET state = 'failed', last_error = ? WHERE state = 'sent' AND
-            message IN (SELECT message FROM known_id JOIN json_each(?) ON message_id = value)""", [
-                f"bounced: {code[0] if code else 'without a code'}", json.dumps(ids)])
+            message IN (SELECT id FROM message WHERE email_account = ? AND message_id IN
+                (SELECT value FROM json_each(?)))""", [
+                    f"bounced: {code[0] if code else 'no code'}", account["id"], json.dumps(ids)])
 
 
-def starred(post, content):
-    """`content`, bytes, with the secrets of the post's account starred out in every spelling."""
-    for secret in filter(None, (post.account["inbound_secret"], post.account["previous_secret"])):
-        # JSON's backslash, a URL's %XX, a form's + for a space.
-        pattern = "".join(rf"(?:\\?{re.escape(char)}|(?i:%{ord(char):02x}))" for char in secret)
-        pattern = pattern.replace(r"\\?\ ", r"[ +]")
-        content = re.sub(pattern.encode(), lambda found: b"*" * len(found[0]), content)
-    return content
+def starred(account, text):
+    """`text` with the secrets of the account starred out, however JSON or a URL spells them."""
+    for secret in filter(None, (account["inbound_secret"], account["previous_secret"])):
+        pattern = "".join(rf"(?:\\?{re.escape(char)}|(?i:%{ord(char):02x}|\\u00{ord(char):02x}))"
+                          for char in secret).replace(r"\\?\ ", "[ +]")
+        text = re.sub(pattern, lambda found: "*" * len(found[0]), text)
+    return text
+
+
+def safe(post):
+    """The post as it may be kept: without the secret."""
+    body = starred(post.account, post.body.decode("latin-1")).encode("latin-1")
+    return post._replace(body=body, content_type=starred(post.account, clean(post.content_type)))
 
 
 def keep(db, now, post, status, reason):
-    """Keep a post that could not become a message, its secret starred out; the same body once."""
-    body, content_type = starred(post, post.body), starred(post, clean(post.content_type).encode())
-    db.execute("""INSERT INTO rejected (received_at, email_account, status, reason, content_type,
-        body, body_sha256) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET tries = tries + 1,
-        received_at = excluded.received_at, status = excluded.status, reason = excluded.reason""", [
-            now, post.account["id"], status, clean(reason), content_type.decode(), body,
-            hashlib.sha256(body).hexdigest()])
+    """Keep a safe post that could not become a message; a trigger keeps the same body only once."""
+    insert(db, "rejected", received_at=now, email_account=post.account["id"], status=status,
+           reason=clean(reason), content_type=post.content_type, body=post.body,
+           body_sha256=hashlib.sha256(post.body).hexdigest())
 
 
 def quarantine(db, now, post, error):
     """Keep a post that raised something unexpected; return the answer's object."""
     # The last line of the traceback, shortened: enough to look for, too little to leak a mail.
     reason = ascii(f"{type(error).__name__}: {error}")[1:-1][:200]
-    keep(db, now, post, 200, reason)
+    keep(db, now, safe(post), 200, starred(post.account, reason))
     return answer_of("quarantined", {"reference": None}, None, None, None, f"kept: {reason}")
 
 
@@ -1224,9 +1228,8 @@ LABEL = "(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
 DELIVERABLE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]{1,64}"
                          rf"@(?:{LABEL}\.)+(?![0-9]){LABEL}")
 OWN_ID = re.compile("<[!-;=?-~]{1,%d}>" % (MAX_OWN_ID - 2))     # printable ASCII but < and >
-CAPS = [("confirmations_per_address_hour", 3600, "mailbox"),
-        ("confirmations_per_address_day", 86400, "mailbox"),
-        ("confirmations_per_hour", 3600, "email_account")]
+CAPS = [("per_address_hour", 3600, "mailbox"), ("per_address_day", 86400, "mailbox"),
+        ("per_hour", 3600, "email_account")]
 # RFC 3834 3.1.7: auto-replied. Precedence: vacation(1) and Dovecot look for it.
 AUTOMATIC = {"Auto-Submitted": "auto-replied", "X-Auto-Response-Suppress": "All",
              "Precedence": "bulk"}
@@ -1234,17 +1237,16 @@ AUTOMATIC = {"Auto-Submitted": "auto-replied", "X-Auto-Response-Suppress": "All"
 
 def confirm(db, now, account, addresses, ticket, message, why_not):
     """Return (draft, reason) of a new ticket's confirmation; no draft when a rule forbids it."""
-    why_not = why_not or reason_to_withhold(db, now, account, addresses, message)
-    if not why_not:
-        try:
-            return draft_mail(
-                account, now, deliverable(message.from_address), AUTOMATIC,
-                f"[{ticket['reference']}] We received your message",
-                account["template"].replace("{reference}", ticket["reference"]),
-                [*message.references, message.message_id]), "confirmation queued"
-        except ValueError as error:
-            why_not = str(error)
-    return None, f"confirmation withheld: {why_not}"
+    try:
+        if why_not := why_not or reason_to_withhold(db, now, account, addresses, message):
+            raise ValueError(why_not)
+        return draft_mail(
+            account, now, deliverable(message.from_address), AUTOMATIC,
+            f"[{ticket['reference']}] We received your message",
+            account["template"].replace("{reference}", ticket["reference"]),
+            [*message.references, message.message_id]), "confirmation queued"
+    except ValueError as error:
+        return None, f"confirmation withheld: {error}"
 
 
 def reason_to_withhold(db, now, account, addresses, message):
@@ -1256,10 +1258,10 @@ def reason_to_withhold(db, now, account, addresses, message):
         return "From is not one address that we write to (RFC 3834 3.1.3)"
     for cap, seconds, column in CAPS:
         value = mailbox_key(recipient) if column == "mailbox" else account["id"]
-        sent = db.execute(f"""SELECT 1 FROM outbox WHERE {column} = ? AND created_at > ?
-            AND purpose = 'confirmation' LIMIT ?""", [value, now - seconds, account[cap]])
-        if len(sent.fetchall()) >= account[cap]:
-            return f"the cap {cap} = {account[cap]} is reached"
+        [sent] = db.execute(f"""SELECT count(*) FROM outbox WHERE {column} = ? AND created_at > ?
+            AND purpose = 'confirmation'""", [value, now - seconds]).fetchone()
+        if sent >= account[f"confirmations_{cap}"]:
+            return f"the cap confirmations_{cap} is reached"
     return ""
 
 
@@ -1312,7 +1314,7 @@ def draft_mail(account, now, recipient, extra, subject, text, ancestors):
     parents = known[-1:] if known[-1:] == ancestors[-1:] else []
     known = known[:1] + known[1:][-9:]
     # `=?` is broken up: mail programs would decode what stands behind it.
-    name, address = (account["display_name"] or "").replace("=?", "= ?"), account["address"]
+    name, address = one_line(account["display_name"] or "").replace("=?", "= ?"), account["address"]
     headers = {
         "From": email.utils.formataddr((name, address)), "To": recipient, "Subject": subject,
         "Date": email.utils.formatdate(now),
@@ -1355,7 +1357,7 @@ def send_later(db, now, account, ticket, draft, purpose):
 def claim(db, now, account):
     """Lease the account's next due row for LEASE seconds and return it; None if nothing is due."""
     db.execute("""UPDATE outbox SET state = 'queued'
-        WHERE state = 'sending' AND next_attempt_at <= ?""", [now])
+        WHERE state = 'sending' AND next_attempt_at NOT BETWEEN ? AND ?""", [now + 1, now + LEASE])
     db.execute("""UPDATE outbox SET state = 'failed', next_attempt_at = NULL, last_error =
         'not delivered in 24 h; ' || iif(last_error = '', 'no smtp_host was set', last_error)
         WHERE state = 'queued' AND give_up_at <= ?""", [now])
@@ -1379,13 +1381,8 @@ def send_due(store):
     """Deliver all that is due, a session for each account; return a Counter of the outcomes."""
     outcomes = Counter()
     for account in store.accounts():
-        # Asked first, so that an idle courier never writes.
-        due = """SELECT 1 FROM outbox WHERE email_account = :id AND state IN ('queued', 'sending')
-            AND (next_attempt_at NOT BETWEEN :now + 1 AND :now + :wait OR give_up_at <= :now)"""
         with contextlib.closing(Relay(account)) as relay:
-            known = {"id": account["id"], "wait": 2 * MAX_WAIT}
-            while store.rows(due, known | {"now": store.now()}) and (
-                    row := store.write(claim, account)):
+            while row := store.write(claim, account):       # nothing to claim: nothing is written
                 state, error = relay.deliver(row)
                 for _ in range(5):      # the mail has left: only a database locked for long forgets
                     with contextlib.suppress(Refused):
@@ -1410,15 +1407,14 @@ class Relay:
         watchdog = threading.Timer(DELIVERY, self.abort)
         watchdog.daemon = True
         watchdog.start()
-        is_confirmation = row["purpose"] == "confirmation"
-        sender = self.account["confirmation_envelope_from" if is_confirmation else "address"] or ""
+        column = {"confirmation": "confirmation_envelope_from", "reply": "address"}[row["purpose"]]
         try:
             if not self.is_ready:
                 self.connect()
             if not watchdog.is_alive():     # it could not cut short what DNS took
                 raise TimeoutError(f"no session within {DELIVERY} s")
             self.is_ready = True
-            self.smtp.sendmail(sender, [row["recipient"]], row["content"])
+            self.smtp.sendmail(self.account[column] or "", [row["recipient"]], row["content"])
             return "sent", ""
         except smtplib.SMTPRecipientsRefused as error:
             code, words = error.recipients[row["recipient"]]
@@ -1448,6 +1444,7 @@ class Relay:
         self.smtp = kind.__new__(kind)
         self.smtp.__init__(host, port or {"none": 25, "starttls": 587, "tls": 465}[security],
                            local_hostname=address.rpartition("@")[2], timeout=DELIVERY, **more)
+        self.smtp.ehlo_or_helo_if_needed()
         if security == "starttls":
             self.smtp.starttls(context=ssl.create_default_context())
         if username is not None:        # the schema has it that security is not 'none' here
@@ -1496,10 +1493,11 @@ def serve(args, store):
         raise Refused(503, f"cannot listen on {args.listen!r}: {error}")
     # waitress ignores SIGTERM; SystemExit lets what is in flight finish.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    url = f"http://{args.listen.rpartition(':')[0]}:{server.effective_port}{ENDPOINT}"
+    port = getattr(server, "effective_port", None) or server.effective_listen[0][1]
+    url = f"http://{args.listen.rpartition(':')[0]}:{port}{ENDPOINT}"
     text = GREETING if store.open() else "listening: {url} (`inbound secret` prints the secret)"
-    secret = store.accounts()[0]["inbound_secret"]
-    print(text.format(url=url, secret=secret, id=secrets.token_hex(8)), flush=True)
+    print(text.format(url=url, id=secrets.token_hex(8),
+                      secret=store.accounts()[0]["inbound_secret"]), flush=True)
     stopping = threading.Event()
     courier = threading.Thread(target=run_courier, args=(store, stopping), daemon=True)
     courier.start()
@@ -1516,27 +1514,20 @@ def serve(args, store):
 GREETING = """A new database. Whoever posts mail has to know this secret:\n\n  {secret}\n
 Paste this into your provider's inbound webhook, with your own https host name in it:\n
   {url}?secret={secret}\n\nTry it:\n
-  curl -H 'X-Mobieus-Inbound-Secret: {secret}' -H 'Content-Type: application/json' \\
-    -d '{{"from": "Ada <ada@example.org>", "subject": "Hello", "text": "It works.",
-         "message_id": "<{id}@example.org>"}}' {url}
+  curl -H 'X-Mobieus-Inbound-Secret: {secret}' -H 'Content-Type: application/json' {url} \\
+    -d '{{"from": "ada@example.org", "text": "It works.", "message_id": "<{id}@example.org>"}}'
 """
 
 
 def set_account(args, store):
-    words = dict(word.partition("=")[::2] for word in args.words[2:])
+    words = dict(word.partition("=")[::2] for word in args.words[2:] if "=" in word)
     settable = [column["name"] for column in store.rows("PRAGMA table_info(account)")][1:]
-    if not words.keys() <= {*settable}:
+    if len(words) < len(args.words) - 2 or not words.keys() <= {*settable}:
         raise Refused(2, f"account set KEY=VALUE: expected a KEY of {', '.join(settable)}")
-    queue = "(SELECT id FROM queue WHERE name = ?)"
-    values = ", ".join(f"{name} = {queue if name == 'queue' else '?'}" for name in words)
-
-    def work(db, now):
-        db.execute("INSERT OR IGNORE INTO queue (name) VALUES (?)", [words.get("queue")])
-        db.execute(f"UPDATE email_account SET {values} WHERE id = ?",
-                   [*(value or None for value in words.values()), args.account["id"]])
-
-    store.write(work)
-    out(args, store.rows("SELECT * FROM account WHERE id = ?", [args.account["id"]]))
+    values = ", ".join(f"{name} = ?" for name in words)
+    known = [*(value or None for value in words.values()), args.account["id"]]
+    store.write(lambda db, now: db.execute(f"UPDATE account SET {values} WHERE id = ?", known))
+    out(args, store.rows("SELECT * FROM account WHERE id = ?", known[-1:]))
 
 
 def show(args, store):
@@ -1579,9 +1570,9 @@ def reply(args, store):
 
 def relay(args, store):
     """Post the mail on standard input; exit as sysexits.h says, for Postfix, Exim and OpenSMTPD."""
-    sender = os.environ.get("SENDER") if args.sender is None else args.sender
-    path = b"" if sender is None else os.fsencode(f"Return-Path: <{sender.strip('<>')}>\r\n")
-    mail = path + re.sub(MBOX, b"", sys.stdin.buffer.read())
+    mail_from = os.environ.get("SENDER") if args.sender is None else args.sender
+    line = "" if mail_from is None else f"Return-Path: <{mail_from.strip('<>')}>\r\n"
+    mail = os.fsencode(line) + re.sub(MBOX, b"", sys.stdin.buffer.read())
     try:
         url = urllib.parse.urlsplit(args.known["url"])
         kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
@@ -1607,12 +1598,11 @@ def replay_all(args, store):
     rows = store.rows("SELECT * FROM rejected WHERE id = ifnull(?, id)", [args.known.get("id")])
     if not rows and "id" in args.known:
         raise Refused(404, f"rejected has no row {args.known['id']}")
-    results = []
+    results, owners = [], {account["id"]: account for account in store.accounts()}
     for row in rows:
-        owners = [account for account in store.accounts() if account["id"] == row["email_account"]]
         try:
-            post = Post([*owners, args.account][0], row["content_type"], row["body"])
-            _, answer = receive(store, post)
+            account = owners.get(row["email_account"], args.account)
+            _, answer = receive(store, Post(account, row["content_type"], row["body"]))
         except Refused as refusal:
             answer = {"status": "refused", "reason": refusal.reason}
         results.append({"id": row["id"], **answer})
@@ -1705,7 +1695,7 @@ def main(argv=None, clock=time.time):
         return 0 if argv else 2
     parser = Parser(prog="inbound", add_help=False, allow_abbrev=False)
     parser.add_argument("words", nargs="*")
-    for name, default in (("--db", os.environ.get("INBOUND_DB", "inbound.db")), ("--account", ""),
+    for name, default in (("--db", os.environ.get("INBOUND_DB") or "inbound.db"), ("--account", ""),
                           ("--listen", "127.0.0.1:8080"), ("--keep", "24h"), ("--sender", None),
                           ("--secret-file", "inbound.secret")):
         parser.add_argument(name, default=default)

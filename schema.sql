@@ -15,6 +15,9 @@ CREATE TABLE queue (
     name TEXT NOT NULL UNIQUE,          -- as people say it; 'Automatic' takes unmatched automatic mail
     is_default INTEGER NOT NULL DEFAULT 0 CHECK (is_default IN (0, 1))
 ) STRICT;
+CREATE TRIGGER queue_automatic_name BEFORE UPDATE OF name ON queue WHEN OLD.name = 'Automatic' BEGIN
+    SELECT RAISE(ABORT, 'unmatched automatic mail goes to this queue');
+END;
 CREATE TRIGGER queue_automatic BEFORE DELETE ON queue WHEN OLD.name = 'Automatic' BEGIN
     SELECT RAISE(ABORT, 'unmatched automatic mail goes to this queue');
 END;
@@ -86,25 +89,25 @@ CREATE TABLE provider (
                                                     -- a capital: a header; `a|b` first that is there, `a+b` both;
                                                     -- raw: the whole mail, read instead. NULL = no mail in it
     members TEXT,                                   -- of a batch: path of the list; NULL = one mail a post
-    member_marks TEXT,                              -- which of the members are mail
-    member TEXT,                                    -- path of the mail in a member
+    member_marks TEXT NOT NULL DEFAULT '',          -- which of the members are mail; '' = all
+    member TEXT NOT NULL DEFAULT '',                -- path of the mail in a member; '' = itself
     answer TEXT                                     -- fields NULL: what to say; NULL = there is mail in it
         CHECK ((fields IS NULL) = (answer IS NOT NULL)),
     status INTEGER                                  -- fields NULL: 200 ignored, 202 ignored but kept for the
         CHECK (status IN (200, 202, 422))           -- admin (answered 200), 422 what the sender should do
 ) STRICT;
 INSERT INTO provider (name, marks, status, answer) VALUES
-    ('Amazon SES', 'TopicArn Type=SubscriptionConfirmation', 202,
+    ('Amazon SES', 'TopicArn Type=SubscriptionConfirmation !message_id', 202,
      'an SNS subscription: open the SubscribeURL that `inbound rejected show` prints, to confirm it'),
-    ('Amazon SES', 'TopicArn Type', 200,
+    ('Amazon SES', 'TopicArn Type !message_id', 200,
      'an SNS notice, no mail'),
-    ('Amazon SES', 'notificationType !notificationType=Received', 200,
+    ('Amazon SES', 'notificationType !notificationType=Received !message_id', 200,
      'an SES notice, no mail'),
-    ('SocketLabs', 'SecretKey Type', 200,
+    ('SocketLabs', 'SecretKey Type !message_id', 200,
      'a SocketLabs validation or event, no mail'),
-    ('Mailgun', 'event-data', 200,
+    ('Mailgun', 'event-data !message_id', 200,
      'a Mailgun event, no mail'),
-    ('Postmark', 'RecordType MessageID', 200,
+    ('Postmark', 'RecordType MessageID !message_id', 200,
      'a Postmark event, no mail'),
     ('Resend', 'type=email.received data.email_id', 422,
      'Resend posts neither text nor headers: have the mail itself forwarded, to `inbound relay` or '
@@ -117,35 +120,35 @@ INSERT INTO provider (name, marks, fields, members, member_marks, member) VALUES
     ('Mandrill', 'mandrill_events',
      'from=from_email from_name to cc subject text html headers raw=raw_msg '
      || 'attachments=attachments+images spam=spam_report.score',
-     'mandrill_events', 'event=inbound', 'msg'),
+     'mandrill_events', 'event=inbound|!event !type', 'msg'),
     -- Mailgun. Requires: a route. Authenticates by: ?secret=. Answers: 200; 406 is final, all else tried
     -- again for 8 h. Configure: Receiving › Routes › forward(). A URL ending in `mime` posts the whole mail.
     ('Mailgun', 'timestamp token signature body-mime|message-headers',
      'envelope=sender from To subject text=body-plain html=body-html headers=message-headers '
      || 'message_id=Message-Id raw=body-mime attachments=files|attachments',
-     NULL, NULL, NULL),
+     NULL, '', ''),
     -- SendGrid. Requires: Inbound Parse. Authenticates by: ?secret= or Basic. Answers: 2xx; 5xx is tried
     -- again for 3 days, 4xx is final. Configure: Settings › Inbound Parse, raw or parsed.
     ('SendGrid', 'envelope~ headers~|email !message_id',
      'envelope=envelope.from from to cc subject text html headers raw=email attachments=files '
      || 'spam=spam_score',
-     NULL, NULL, NULL),
+     NULL, '', ''),
     -- CloudMailin. Requires: an address. Authenticates by: Basic or ?secret=. Answers: 2xx; 4xx bounces
     -- the mail, 5xx lets the sender's server try again. Configure: the target, in any format.
     ('CloudMailin', 'envelope{} headers{}|message !from !text !message_id',
      'envelope=envelope.from headers text=plain html raw=message attachments=files|attachments '
      || 'spam=envelope.spamd.score',
-     NULL, NULL, NULL),
+     NULL, '', ''),
     -- Postal. Requires: an HTTP endpoint. Authenticates by: ?secret= or Basic. Answers: 2xx; 4xx bounces,
     -- 5xx is tried again. Configure: Routing › HTTP endpoints. What strip_replies cut off is put back.
     ('Postal', 'rcpt_to mail_from plain_body|html_body|message',
      'envelope=mail_from from to cc subject text=plain_body+replies_from_plain_body html=html_body '
      || 'message_id in_reply_to references attachments raw=message Auto-Submitted=auto_submitted '
      || 'X-Postal-Bounce=bounce Date=date spam=spam_status',
-     NULL, NULL, NULL),
+     NULL, '', ''),
     -- SparkPost. Requires: a relay webhook. Authenticates by: ?secret=, Basic or a custom header.
     -- Answers: 200, else tried again. Configure: POST /api/v1/relay-webhooks, the URL as its target.
-    ('SparkPost', 'events.0.msys{}',
+    ('SparkPost', 'events.0.msys{}|events.1.msys{}',
      'envelope=msg_from raw=content.email_rfc822 subject=content.subject text=content.text '
      || 'html=content.html headers=content.headers to=content.to cc=content.cc',
      'events', 'msys.relay_message|!msys', 'msys.relay_message'),
@@ -154,7 +157,7 @@ INSERT INTO provider (name, marks, fields, members, member_marks, member) VALUES
     -- subscription, then open the SubscribeURL that `inbound rejected` shows.
     ('Amazon SES', 'notificationType=Received content',
      'envelope=mail.source raw=content spam=receipt.spamVerdict.status+receipt.dmarcVerdict.status',
-     NULL, NULL, NULL),
+     NULL, '', ''),
     -- SocketLabs. Requires: `account set validation_key=…`, and its Secret Key set as our secret.
     -- Authenticates by: SecretKey in the body. Answers: 200, always with the Validation Key.
     -- Configure: Inbound API › the URL as it is.
@@ -163,16 +166,16 @@ INSERT INTO provider (name, marks, fields, members, member_marks, member) VALUES
      || 'subject=Message.Subject text=Message.TextBody html=Message.HtmlBody '
      || 'headers=Message.CustomHeaders message_id=Message.MessageId spam=SpamScore '
      || 'attachments=Message.Attachments+Message.EmbeddedMedia',
-     NULL, NULL, NULL),
+     NULL, '', ''),
     -- Postmark. Requires: an inbound stream. Authenticates by: ?secret= or Basic. Answers: 200; all but
     -- 403 is tried again for 10 h. Configure: the stream's webhook. MessageID is Postmark's own.
     ('Postmark', 'FromFull{} Headers[]',
      'envelope=Headers from=FromFull to=ToFull cc=CcFull subject=Subject text=TextBody html=HtmlBody '
      || 'headers=Headers attachments=Attachments raw=RawEmail',
-     NULL, NULL, NULL),
+     NULL, '', ''),
     -- Brevo. Requires: inbound parsing. Authenticates by: ?secret=, Basic or a header. Answers: 2xx; 4xx
     -- is final. Configure: POST /v3/webhooks, type inbound. Of attachments only the names are posted.
-    ('Brevo', 'items.0.Uuid',
+    ('Brevo', 'items.0.Uuid|items.1.Uuid',
      'from=From to=To cc=Cc subject=Subject text=RawTextBody html=RawHtmlBody headers=Headers '
      || 'message_id=MessageId in_reply_to=InReplyTo attachments=Attachments spam=SpamScore',
      'items', '', ''),
@@ -181,19 +184,19 @@ INSERT INTO provider (name, marks, fields, members, member_marks, member) VALUES
     ('Mailjet', 'Headers{} Sender Recipient',
      'envelope=Sender from=From subject=Subject text=Text-part html=Html-part headers=Headers '
      || 'attachments=Parts spam=SpamAssassinScore',
-     NULL, NULL, NULL),
+     NULL, '', ''),
     -- MailerSend. Requires: an inbound route. Authenticates by: ?secret=. Answers: 2xx within 3 s; all
     -- else is final. Configure: the route's POST URL. data.id is MailerSend's own.
     ('MailerSend', 'type=inbound.message',
      'envelope=data.sender.email raw=data.raw from=data.from subject=data.subject text=data.text '
      || 'html=data.html headers=data.headers attachments=data.attachments to=data.recipients.to.data',
-     NULL, NULL, NULL),
+     NULL, '', ''),
     -- Forward Email. Requires: a webhook as an alias's recipient. Authenticates by: ?secret=. Answers:
     -- exactly 200. Configure: the alias.
     ('Forward Email', 'headerLines[] session{}',
      'envelope=session.sender from=from.value to=to.value cc=cc.value subject text html '
      || 'message_id=messageId in_reply_to=inReplyTo references attachments headers=headerLines',
-     NULL, NULL, NULL);
+     NULL, '', '');
 
 CREATE TABLE command (
     -- What `inbound` does where a single statement does it. usage: a word in capitals is the parameter of
@@ -454,10 +457,17 @@ CREATE TABLE rejected (
     reason TEXT NOT NULL,                           -- one sentence
     content_type TEXT NOT NULL,                     -- header of the request, with its parameters
     body BLOB NOT NULL,                             -- as posted, but the secret's own bytes are starred out
-    body_sha256 TEXT NOT NULL,                      -- of body, hex
+    body_sha256 TEXT NOT NULL,                      -- of body, hex; the same body again updates its row
     tries INTEGER NOT NULL DEFAULT 1,               -- how often it was posted unchanged
     UNIQUE (email_account, body_sha256)
 ) STRICT;
+
+CREATE TRIGGER rejected_again BEFORE INSERT ON rejected WHEN EXISTS (SELECT 1 FROM rejected
+    WHERE email_account IS NEW.email_account AND body_sha256 = NEW.body_sha256) BEGIN
+    UPDATE rejected SET tries = tries + 1, received_at = NEW.received_at, status = NEW.status, reason = NEW.reason
+    WHERE email_account IS NEW.email_account AND body_sha256 = NEW.body_sha256;
+    SELECT RAISE(IGNORE);
+END;
 
 -- Read ------------------------------------------------------------------------------------------------------
 
@@ -468,6 +478,11 @@ CREATE VIEW account AS                              -- what `inbound account` pr
            confirmation_envelope_from, template, confirmations_per_address_hour, confirmations_per_address_day,
            confirmations_per_hour, trusted_forwarders
     FROM email_account JOIN queue ON queue.id = email_account.queue;
+
+CREATE VIEW valid_secret AS                         -- what callers may present: the current ones first
+    SELECT *, inbound_secret AS secret, 9e999 AS until FROM email_account WHERE inbound_secret IS NOT NULL
+    UNION ALL
+    SELECT *, previous_secret, previous_secret_until FROM email_account WHERE previous_secret IS NOT NULL;
 
 CREATE VIEW secret AS                               -- what `inbound secret` prints
     SELECT id, address, inbound_secret, previous_secret, previous_secret_until FROM email_account;
@@ -483,6 +498,20 @@ CREATE VIEW tickets AS                              -- what `inbound tickets` pr
            ticket.created_at, ticket.updated_at
     FROM ticket JOIN queue ON queue.id = ticket.queue
     ORDER BY ticket.created_at DESC, ticket.id DESC;
+CREATE TRIGGER account_set INSTEAD OF UPDATE ON account BEGIN  -- a queue's name that is new makes one
+    INSERT OR IGNORE INTO queue (name) VALUES (NEW.queue);
+    UPDATE email_account SET
+        address = NEW.address, display_name = NEW.display_name,
+        queue = (SELECT id FROM queue WHERE name = NEW.queue), is_default = NEW.is_default,
+        validation_key = NEW.validation_key, smtp_host = NEW.smtp_host, smtp_port = NEW.smtp_port,
+        smtp_security = NEW.smtp_security, smtp_username = NEW.smtp_username,
+        smtp_password = iif(NEW.smtp_password IS '(set)', smtp_password, NEW.smtp_password),
+        confirmation_envelope_from = NEW.confirmation_envelope_from, template = NEW.template,
+        confirmations_per_address_hour = NEW.confirmations_per_address_hour,
+        confirmations_per_address_day = NEW.confirmations_per_address_day,
+        confirmations_per_hour = NEW.confirmations_per_hour, trusted_forwarders = NEW.trusted_forwarders
+    WHERE id = OLD.id;
+END;
 
 CREATE VIEW conversation AS                         -- what `inbound show` prints of each message, oldest first
     SELECT id, ticket, direction, message_id, in_reply_to, "references", from_address AS "from", from_name,

@@ -189,8 +189,6 @@ ILLEGAL = [
     "UPDATE rejected SET body = NULL",
     "UPDATE rejected SET status = 'bad'",
     "UPDATE rejected SET email_account = 99",
-    "INSERT INTO rejected SELECT 99, received_at, email_account, status, reason, content_type,"
-    " body, body_sha256, tries FROM rejected",
 ]
 
 

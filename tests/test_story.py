@@ -167,7 +167,7 @@ def confirmation_row(reference, message_id, received_at):
 
 def outbox_row(created_at):
     return {"id": 1, "message": ANY, "email_account": 1, "purpose": "confirmation",
-            "recipient": ADA, "content": ANY, "state": "queued", "attempts": 0,
+            "recipient": ADA, "mailbox": ADA, "content": ANY, "state": "queued", "attempts": 0,
             "created_at": created_at, "next_attempt_at": created_at,
             "give_up_at": created_at + 24 * 3600, "last_error": ""}
 
