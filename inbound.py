@@ -321,7 +321,7 @@ def read(content_type, body, providers):
     if isinstance(fields, bytes):
         return Reading("raw", [fields], mail_of_mime)
     fields = Form(events=fields) if isinstance(fields, list) else fields
-    if matches(fields, "TopicArn Type=Notification"):       # SNS: the post is inside, as text
+    if matches(fields, "TopicArn Type=Notification !message_id"):   # SNS: the post is inside
         fields = loaded(fields.get("Message")) or {"notificationType": "no JSON"}
     for row in providers:
         if not matches(fields, row["marks"]):
@@ -394,7 +394,7 @@ def fields_of(content_type, body):
     if kind == "multipart/form-data":
         return form_of(parts_of(body, header.get_boundary()))
     if kind not in ("application/json", "text/json", "text/plain", FORM):
-        raise Refused(415, f"content type {kind[:80]!r} carries no mail; expected application/json")
+        raise Refused(415, f"content type {kind!r} carries no mail; expected application/json")
     if "json" not in kind and not re.match(rb"(?:\xef\xbb\xbf)?\s*[{\[]", body):
         if re.match(rb"From |[!-9;-~]+:(?:[ \t]|\r?\n[ \t])", body):        # a header line
             return body
@@ -441,13 +441,10 @@ def form_of(parts):
     `envelope[to]` and `attachments[0][filename]` become objects, as their senders mean them.
     """
     parts, form = list(parts), Form()
+    files = [{"field": name, "filename": header.get_filename(), "type": header.get_content_type(),
+              "data": content} for name, header, content in parts if header]
     charsets = loaded(b"".join(part[2] for part in parts if part[0] == "charsets").decode("latin1"))
-    for name, header, content in parts:
-        if header:
-            form.setdefault("files", []).append({
-                "field": name, "filename": header.get_filename(), "data": content,
-                "type": header.get_content_type()})
-            continue
+    for name, _, content in (part for part in parts if not part[1]):
         # SendGrid: what does not fit its charset stands in the headers too.
         misfit = "" if name in FROM_HEADERS else None
         value = content if name in RAW_FIELDS else decode(content, at(charsets, name), misfit)
@@ -459,9 +456,10 @@ def form_of(parts):
         branch[leaf] = f"{branch[leaf]}\n{value}" if is_more else value   # Mailgun may split a body
     mapped = [(field, known) for known, field in loaded(form.get("content-id-map")).items()]
     infos = loaded(form.get("attachment-info"))
-    for file in form["files"] if isinstance(form.get("files"), list) else ():
+    for file in files:
         info = at(infos, f"{file['field']}.content-id")
         file["cid"] = info or next((known for field, known in mapped if field == file["field"]), "")
+    form["files"] = files
     return form
 
 
@@ -611,7 +609,8 @@ def normalise(mail, is_strict):
     if not named and envelope_from:
         notes.append("From is unusable: the envelope sender stands for it")
     elif not named:
-        faults.setdefault("from", from_text and f"not an address: {from_text[:99]!r}" or "required")
+        shown = from_text if len(from_text) < 100 else "…"
+        faults.setdefault("from", f"expected an address, not {shown!r}" if shown else "required")
     subject = one_line(subject) or "(no subject)"
     digest = digest_of(address, subject, text, markup, attachments)
     if not (message_id := message_id_of(own_id)):
@@ -989,8 +988,9 @@ class Store:
                     raise Refused(503, f"no database at {self.path!r}: `inbound serve` makes one")
                 # Before SQLite does, so that its -wal and -shm get the same mode.
                 os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
-            with contextlib.closing(connect(self.path)) as db:
-                was_made = migrate(db, self.path)
+            plain = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None)
+            with contextlib.closing(plain):
+                was_made = migrate(plain, self.path)
         except (OSError, sqlite3.Error) as error:
             if "already exists" not in str(error):      # another process has just made it, whole
                 raise Refused(503, f"cannot open the database {self.path!r}: {error}")
@@ -1054,9 +1054,8 @@ class Store:
 def connect(path, checkpoints=False):
     db = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
     db.row_factory = sqlite3.Row
-    for pragma in ("synchronous = FULL", "foreign_keys = ON", "trusted_schema = OFF",
-                   "secure_delete = ON", f"wal_autocheckpoint = {1000 if checkpoints else 0}"):
-        db.execute(f"PRAGMA {pragma}")
+    db.executescript(f"""PRAGMA synchronous=FULL; PRAGMA secure_delete=ON; PRAGMA foreign_keys=ON;
+        PRAGMA trusted_schema=OFF; PRAGMA wal_autocheckpoint={1000 * checkpoints}""")
     return db
 
 
@@ -1193,9 +1192,9 @@ def fail_bounced(db, account, message):
 def starred(account, text):
     """`text` with the secrets of the account starred out, however JSON or a URL spells them."""
     for secret in filter(None, (account["inbound_secret"], account["previous_secret"])):
-        pattern = "".join(rf"(?:\\?{re.escape(char)}|(?i:%{ord(char):02x}|\\u00{ord(char):02x}))"
+        pattern = "".join(rf"(?:\\?{re.escape(char)}|%{ord(char):02x}|\\u00{ord(char):02x})"
                           for char in secret).replace(r"\\?\ ", "[ +]")
-        text = re.sub(pattern, lambda found: "*" * len(found[0]), text)
+        text = re.sub(f"(?i){pattern}", lambda found: "*" * len(found[0]), text)
     return text
 
 
@@ -1215,8 +1214,8 @@ def keep(db, now, post, status, reason):
 def quarantine(db, now, post, error):
     """Keep a post that raised something unexpected; return the answer's object."""
     # The last line of the traceback, shortened: enough to look for, too little to leak a mail.
-    reason = ascii(f"{type(error).__name__}: {error}")[1:-1][:200]
-    keep(db, now, safe(post), 200, starred(post.account, reason))
+    reason = ascii(starred(post.account, f"{type(error).__name__}: {error}"))[1:-1][:200]
+    keep(db, now, safe(post), 200, reason)
     return answer_of("quarantined", {"reference": None}, None, None, None, f"kept: {reason}")
 
 
@@ -1491,8 +1490,8 @@ def serve(args, store):
             max_request_body_size=MAX_BODY + 1)
     except (OSError, ValueError) as error:
         raise Refused(503, f"cannot listen on {args.listen!r}: {error}")
-    # waitress ignores SIGTERM; SystemExit lets what is in flight finish.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for number in (signal.SIGTERM, signal.SIGINT):      # SystemExit lets what is in flight finish
+        signal.signal(number, lambda *_: sys.exit(0))
     port = getattr(server, "effective_port", None) or server.effective_listen[0][1]
     url = f"http://{args.listen.rpartition(':')[0]}:{port}{ENDPOINT}"
     text = GREETING if store.open() else "listening: {url} (`inbound secret` prints the secret)"

@@ -1,0 +1,472 @@
+"""What a hostile or a broken sender does, a row for each finding of a review.
+
+Slow input answers in time, shapes that look like a provider's are no trap, no secret is ever kept,
+and no odd header costs a mark of automatic mail.
+"""
+
+import json
+import re
+import sqlite3
+import subprocess
+import sys
+import time
+from urllib.parse import unquote, urlencode
+
+import pytest
+
+import inbound
+from conftest import HERE, SECRET
+
+FORM, RAW = "application/x-www-form-urlencoded", "message/rfc822"
+CUT = "cut-here"
+MULTIPART = f"multipart/form-data; boundary={CUT}"
+
+
+def raw(*lines, text="It burns.", sender="Ada Lovelace <ada@customer.example>"):
+    """A raw mail of a person with `lines` put into its headers."""
+    head = [f"From: {sender}", "To: support@helpdesk.example", *lines,
+            "Message-ID: <raw.1@customer.example>", "", text, ""]
+    return "\r\n".join(head).encode()
+
+
+def multipart(*fields):
+    """A multipart/form-data body of (name, filename or None, content) triples."""
+    parts = []
+    for name, filename, content in fields:
+        file = f'; filename="{filename}"\r\nContent-Type: image/png' if filename else ""
+        parts.append(f'--{CUT}\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'
+                     f"{content}\r\n")
+    return ("".join(parts) + f"--{CUT}--\r\n").encode()
+
+
+def sendgrid(*more):
+    """A parsed mail as SendGrid posts it, with `more` fields behind its own."""
+    headers = "Message-ID: <form.1@customer.example>\nFrom: ada@customer.example"
+    envelope = json.dumps({"from": "ada@customer.example", "to": ["support@helpdesk.example"]})
+    return multipart(("headers", None, headers), ("from", None, "ada@customer.example"),
+                     ("envelope", None, envelope), ("subject", None, "Fire"),
+                     ("text", None, "It burns."), *more)
+
+
+def many_files():
+    files = [f"attachment{number}" for number in range(1, 2001)]
+    infos = {file: {"filename": f"{file}.png", "content-id": f"{file}@x"} for file in files}
+    return sendgrid(("attachments", None, "2000"), ("attachment-info", None, json.dumps(infos)),
+                    *((file, f"{file}.png", "png") for file in files))
+
+
+def nested(depth, text):
+    lines = ["Subject: deep"]
+    for level in range(depth):
+        lines += [f'Content-Type: multipart/mixed; boundary="b{level}"', "", f"--b{level}"]
+    return raw(*lines, "Content-Type: text/plain", text=text)
+
+
+def canonical(**fields):
+    return json.dumps({"from": "ada@customer.example", "text": "It burns.",
+                       "message_id": "<canonical.1@customer.example>"} | fields)
+
+
+# Time ---------------------------------------------------------------------------------------------
+
+def disposition(value):
+    return raw(f"Content-Disposition: {value}")
+
+
+def charset(name):
+    return raw(f"Content-Type: text/plain; charset={name}", text="a-" + "b" * 300_000)
+
+
+IDS = " ".join(f"<{number}@customer.example>" for number in range(100_000))
+BROKEN_WORDS, WORDS = "=?a?q? " * 14_300, "=?utf-8?q?ab=C3=A4?= " * 50_000
+SLOW = {
+    "a subject of broken encoded words": lambda: canonical(subject=BROKEN_WORDS),
+    "a raw subject of broken encoded words": lambda: raw("Subject: " + BROKEN_WORDS),
+    "a megabyte of encoded words": lambda: canonical(subject=WORDS),
+    "a raw header of a megabyte of encoded words": lambda: raw("X-Words: " + WORDS),
+    "a from of a megabyte of encoded words": lambda: raw("X-A: b", sender=WORDS + "<a@b.example>"),
+    "a content type of open quotes": lambda: raw('Content-Type: text/plain; x="' + ";" * 60_000),
+    "a disposition of semicolons": lambda: disposition("inline" + ";" * 1_000_000),
+    "punycode": lambda: charset("punycode"),
+    "punycode behind a hyphen": lambda: charset("-punycode"),
+    "idna before a hyphen": lambda: charset("idna-"),
+    "a file name in punycode": lambda: disposition("attachment; filename*=%70unycode''"
+                                                   + "a" * 1_000_000),
+    "references of many ids": lambda: canonical(references=IDS),
+    "a list of many references": lambda: canonical(references=IDS.split()),
+    "raw references of many ids": lambda: raw("References: " + IDS),
+    "comments within comments": lambda: raw("Auto-Submitted: " + "(" * 20_000,
+                                            "X-Loop: " + "(" * 20_000),
+    "recipients of comments": lambda: raw("Cc: " + "(" * 20_000),
+    "a content type of comments": lambda: raw("Content-Type: " + "(" * 20_000),
+    "html of comments": lambda: canonical(text=None, html="<!--" * 100_000),
+    "html of a huge number": lambda: canonical(text=None, html="a &#" + "9" * 5000 + "; b"),
+    "a link of a huge number": lambda: canonical(
+        text=None, html='<a href="&#' + "9" * 5000 + ';">b</a>'),
+}
+
+
+def posted(desk, body, content_type):
+    """The response; the type goes as a header, or WebTest encodes a multipart body anew."""
+    return desk.request(body, None, headers={"X-Mobieus-Inbound-Secret": SECRET,
+                                             "Content-Type": content_type})
+
+
+def timed(desk, body, content_type):
+    began = time.monotonic()
+    response = posted(desk, body, content_type)
+    assert time.monotonic() - began < 3
+    return response
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_what_is_made_to_be_slow_is_stored_in_time(desk, name):
+    body = SLOW[name]()
+    kind = RAW if isinstance(body, bytes) else "application/json"
+    response = timed(desk, body, kind)
+    assert (response.status_int, response.json["status"]) == (200, "created"), response.text
+    assert desk.count("rejected") == 0
+    assert len(desk.sql("SELECT id FROM message WHERE direction = 'in'")) == 1
+
+
+def test_a_form_of_two_thousand_files_is_stored_in_time(desk):
+    answer = timed(desk, many_files(), MULTIPART).json
+    assert answer["status"] == "created"
+    assert desk.sql("SELECT count(*), count(DISTINCT filename) FROM attachment") == [(2000, 2000)]
+    [[content_id]] = desk.sql("SELECT content_id FROM attachment WHERE filename LIKE '%t7.png'")
+    assert content_id == "attachment7@x"
+
+
+def test_deeply_nested_multiparts_are_answered_in_time_and_kept(desk):
+    response = timed(desk, nested(90, "\n" * 200_000), RAW)
+    assert response.status_int == 200
+    assert response.json["status"] in ("created", "quarantined")
+    assert desk.count("ticket") + desk.count("rejected") == 1
+
+
+@pytest.mark.parametrize("names", [
+    ["²", "files"], ["²"], ["files"], ["attachments[²]"], ["files[0]"], ["files[²][a]"]], ids=ascii)
+@pytest.mark.parametrize("body", [sendgrid, multipart])
+def test_a_form_with_an_odd_field_and_a_file_is_never_a_500(desk, names, body):
+    fields = [(name, None, "x") for name in names]
+    response = timed(desk, body(*fields, ("photo", "a.png", "png")), MULTIPART)
+    assert response.status_int in (200, 400, 422), response.text
+    assert desk.count("ticket") + desk.count("rejected") == 1
+
+
+# Shapes -------------------------------------------------------------------------------------------
+
+def test_two_unreadable_brevo_mails_are_two_rows_for_review(desk):
+    for uuid, sender in (("A", "x"), ("B", "y")):
+        answer = desk.post({"items": [{"Uuid": uuid, "Absender": sender}]})
+        assert answer["status"] == "batch"
+        assert [item["status"] for item in answer["messages"]] == ["quarantined"]
+    assert (desk.count("rejected"), desk.count("ticket"), desk.count("message")) == (2, 0, 0)
+
+
+@pytest.mark.parametrize("fields", [
+    {"event-data": {}}, {"event-data": {"event": "opened"}}, {"notificationType": "Bounce"},
+    {"TopicArn": "arn", "Type": "Notification"}, {"TopicArn": "arn", "Type": "Other"},
+    {"TopicArn": "arn", "Type": "SubscriptionConfirmation"}, {"SecretKey": "x", "Type": "Message"},
+    {"RecordType": "Bounce", "MessageID": "1"}], ids=json.dumps)
+def test_an_unknown_field_never_makes_a_notice_of_a_canonical_mail(desk, fields):
+    answer = desk.post(desk.mail(**fields))
+    assert (answer["status"], answer["confirmation"]) == ("created", "queued")
+    assert (desk.count("ticket"), desk.count("rejected")) == (1, 0)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("notes", None), ("notes", 5), ("notes", "abc"),
+    ("verdict", 5), ("verdict", None), ("verdict", "spam")])
+def test_notes_and_verdict_are_unknown_fields_of_a_canonical_mail(desk, name, value):
+    answer = desk.post(desk.mail() | {name: value})
+    assert (answer["status"], answer["confirmation"]) == ("created", "queued")
+    assert desk.show(answer["ticket"])["messages"][0]["notes"] == []
+    assert desk.sql("SELECT purpose, state FROM outbox") == [("confirmation", "queued")]
+
+
+def test_a_mandrill_event_that_is_a_number_is_quarantined_and_kept(desk):
+    answer = desk.post(urlencode({"mandrill_events": "[42]"}), FORM)
+    assert answer["status"] == "batch"
+    assert [item["status"] for item in answer["messages"]] == ["quarantined"]
+    assert (desk.count("rejected"), desk.count("ticket")) == (1, 0)
+
+
+def test_a_bad_member_of_a_sparkpost_batch_costs_only_itself(desk):
+    [good] = json.loads((HERE / "webhooks/sparkpost/one.json").read_text())
+    answer = desk.post([7, good])
+    assert [item["status"] for item in answer["messages"]] == ["quarantined", "created"]
+    assert (desk.count("rejected"), desk.count("ticket")) == (1, 1)
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"Foo": 1}, {"Message": [1]}, {"Message": None}, {"Message": {}, "InboundMailFrom": 5},
+    f"SecretKey={SECRET}&Foo=1"], ids=str)
+def test_a_refused_socketlabs_post_gets_the_bare_key_and_is_kept(desk, fields):
+    desk.execute("UPDATE email_account SET validation_key = 'the-validation-key'")
+    is_form = isinstance(fields, str)
+    response = desk.request(fields if is_form else {"SecretKey": SECRET} | fields,
+                            FORM if is_form else "application/json", headers={})
+    assert (response.status_int, response.content_type) == (200, "text/plain")
+    assert response.body == b"the-validation-key"
+    [[body]] = desk.sql("SELECT body FROM rejected")
+    assert b"SecretKey" in body and SECRET.encode() not in body
+    assert desk.count("ticket") == 0
+
+
+# Secrets ------------------------------------------------------------------------------------------
+
+ODD_SECRET = "s/ecret+of the\"tests\\01'%&<e>Zz"
+SPELLINGS = {
+    "as it is": lambda secret: json.dumps(secret)[1:-1],
+    "with escaped slashes": lambda secret: json.dumps(secret)[1:-1].replace("/", r"\/"),
+    "its first letter as \\u": lambda secret: r"\u0073" + json.dumps(secret[1:])[1:-1],
+    "all as \\u": lambda secret: "".join(rf"\u{ord(char):04x}" for char in secret),
+    "all as \\u in capitals": lambda secret: "".join(rf"\u{ord(char):04X}" for char in secret),
+    "all as % in lower case": lambda secret: "".join(f"%{ord(char):02x}" for char in secret),
+    "all as % in capitals": lambda secret: "".join(f"%{ord(char):02X}" for char in secret),
+    "the slash as %2f": lambda secret: json.dumps(secret)[1:-1].replace("/", "%2f"),
+}
+PLACES = {
+    "an unknown field": '{"from": "ada@customer.example", "x": "%s"}',
+    "from": '{"from": "%s", "message_id": "<1@customer.example>"}',
+    "from between brackets": '{"from": "Ada <%s>"}',
+    "a field's name": '{"%s": 1}',
+    "what is no JSON": '{"from": "%s"',
+}
+
+
+def read_as(text):
+    """`text`, and what stands there once its escapes are taken away."""
+    unescaped = re.sub(r"\\u([0-9a-fA-F]{4})", lambda found: chr(int(found[1], 16)), text)
+    return [text, unquote(text), unescaped, re.sub(r"\\(.)", r"\1", unescaped)]
+
+
+def assert_nowhere(desk, response, secret, spelled):
+    columns = [column.decode("latin-1") if isinstance(column, bytes) else str(column)
+               for row in desk.sql("SELECT * FROM rejected") for column in row]
+    for text in (response.text, json.dumps(response.json), *columns):
+        assert spelled not in text
+        assert not any(secret in reading for reading in read_as(text)), text
+
+
+@pytest.mark.parametrize("secret", [ODD_SECRET, f"s{SECRET}"], ids=["odd", "plain"])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_no_spelling_of_the_secret_in_a_body_is_kept_or_answered(desk, secret, spelling):
+    desk.execute("UPDATE email_account SET inbound_secret = ?", secret)
+    spelled = SPELLINGS[spelling](secret)
+    for place, body in PLACES.items():
+        response = desk.request(body.replace("%s", spelled),
+                                headers={"X-Mobieus-Inbound-Secret": secret})
+        assert response.status_int == (400 if place == "what is no JSON" else 422), place
+        assert_nowhere(desk, response, secret, spelled)
+    assert desk.count("rejected") == len(PLACES)
+
+
+@pytest.mark.parametrize("form, status", [
+    ("application/{}", 415), ("image/png; name={}", 415), ("application/json; x={}", 422),
+    ("application/json; x=\"{}\"", 422), ("multipart/form-data; boundary={}", 400)])
+def test_the_secret_in_the_content_type_is_not_kept_or_answered(desk, form, status):
+    response = posted(desk, '{"from": "x"}', form.format(SECRET))
+    assert response.status_int == status
+    assert desk.count("rejected") == 1
+    assert_nowhere(desk, response, SECRET, SECRET)
+
+
+def test_a_type_in_lower_case_or_a_cut_value_shows_no_part_of_the_secret(desk):
+    secret = "LKvCLoyECe2aRcIGadM34EJb_07ggtdK"
+    desk.execute("UPDATE email_account SET inbound_secret = ?", secret)
+    headers = {"X-Mobieus-Inbound-Secret": secret}
+    for body, kind, part in (("{}", f"application/{secret}", secret.lower()),
+                             ({"from": "x" * 80 + secret}, "application/json", secret[:16])):
+        response = desk.request(body, kind, headers=headers)
+        assert response.status_int in (415, 422)
+        assert_nowhere(desk, response, part, part)
+
+
+# Lost headers -------------------------------------------------------------------------------------
+
+MALFORMED = ["X-Bad line without colon", "X-Foo : 1", "Süß: x", "X-Foo: a\rb", "Gar bage: x",
+             ": x", "X-Foo: a\r\rb"]
+
+
+@pytest.mark.parametrize("line", MALFORMED, ids=ascii)
+def test_a_malformed_header_line_does_not_hide_the_marks_below_it(desk, line):
+    answer = desk.post(raw("Subject: Away", line, "Auto-Submitted: auto-replied"), RAW)
+    assert (answer["kind"], answer["confirmation"]) == ("auto-reply", "withheld")
+    assert desk.count("outbox") == 0
+
+
+def test_a_blank_before_the_colon_does_not_hide_a_mark(desk):
+    answer = desk.post(raw("Auto-Submitted : auto-replied"), RAW)
+    assert (answer["kind"], answer["confirmation"]) == ("auto-reply", "withheld")
+    assert desk.count("outbox") == 0
+
+
+@pytest.mark.parametrize("start", [
+    *(f"{line}\r\n" for line in MALFORMED), "\r\n", "\r\n\r\n", "\n", " ", "\ufeff",
+    "\ufeff\r\n"], ids=ascii)
+def test_a_person_s_mail_with_an_odd_start_is_read(desk, start):
+    answer = desk.post(start.encode() + raw("Subject: Fire"), RAW)
+    assert (answer["kind"], answer["confirmation"]) == ("human", "queued")
+    assert desk.sql("SELECT from_address, subject, text FROM message WHERE direction = 'in'") == [
+        ("ada@customer.example", "Fire", "It burns.\r\n")]
+
+
+# Gate ---------------------------------------------------------------------------------------------
+
+def test_twenty_tags_of_one_mailbox_are_confirmed_three_times(desk):
+    for number in range(20):
+        desk.post(desk.mail(**{"from": f"ada+{number}@customer.example",
+                               "message_id": f"<{number}@customer.example>"}))
+    assert (desk.count("ticket"), desk.count("outbox")) == (20, 3)
+
+
+@pytest.mark.parametrize("address, recipient", [
+    ("ada@faß.example", None), ("support@helpdesk。example", None),
+    ("SUPPORT+x@HelpDesk.example", None), ("support@helpdesk.example", None),
+    ("ada@bücher.example", "ada@xn--bcher-kva.example")])
+def test_only_an_address_that_is_surely_the_sender_s_is_confirmed(desk, address, recipient):
+    answer = desk.post(desk.mail(**{"from": address}))
+    assert answer["confirmation"] == ("queued" if recipient else "withheld")
+    assert desk.sql("SELECT recipient FROM outbox") == ([(recipient,)] if recipient else [])
+
+
+# Reports ------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def sent(desk):
+    """The Message-ID of a reply of ours that the relay has taken."""
+    ticket = desk.post(desk.mail())["ticket"]
+    own_id = json.loads(desk.run("reply", ticket, "--json", stdin="Still burning?"))["message_id"]
+    desk.execute("UPDATE outbox SET state = 'sent', next_attempt_at = NULL")
+    return own_id
+
+
+def report(name, own_id):
+    text = (HERE / "mail" / name).read_text()
+    return text.replace("<sent.by.nobody@helpdesk.example>", own_id)
+
+
+def outcome(desk, own_id):
+    return desk.sql("""SELECT state, last_error FROM outbox JOIN message ON message.id = message
+        WHERE message_id = ?""", own_id)
+
+
+@pytest.mark.parametrize("change", [
+    ("bounce-postfix-delayed.eml", "", ""), ("bounce-arf-complaint.eml", "", ""),
+    ("vacation-null-sender.eml", "X-Autoreply: yes", "X-Autoreply: yes\nIn-Reply-To: {}"),
+    ("vacation-null-sender.eml", "X-Autoreply: yes", "References: {}"),
+    ("bounce-postfix-delayed.eml", "Action: delayed\n", ""),
+    ("bounce-dsn-relayed.eml", "", "")], ids=str)
+def test_a_report_that_is_no_failure_leaves_our_mail_sent(desk, sent, change):
+    name, old, new = change
+    answer = desk.post(report(name, sent).replace(old, new.format(sent)), RAW)
+    assert answer["kind"] in ("bounce", "auto-reply")
+    assert outcome(desk, sent) == [("sent", "")]
+
+
+def test_a_delivery_report_of_a_failure_fails_our_mail(desk, sent):
+    answer = desk.post(report("bounce-postfix-dsn.eml", sent), RAW)
+    assert (answer["status"], answer["kind"]) == ("appended", "bounce")
+    assert outcome(desk, sent) == [("failed", "bounced: 5.1.1")]
+    assert desk.sql("SELECT count(*) FROM outbox WHERE state = 'failed'") == [(1,)]
+
+
+def test_a_bounce_at_another_account_fails_nothing_of_ours(desk, sent):
+    desk.run("account", "add", "sales@helpdesk.example")
+    desk.run("secret", "set", "another-secret-of-sales-1", "--account", "sales@helpdesk.example")
+    answer = desk.post(report("bounce-postfix-dsn.eml", sent), RAW,
+                       headers={"X-Mobieus-Inbound-Secret": "another-secret-of-sales-1"})
+    assert (answer["status"], answer["kind"]) == ("created", "bounce")
+    assert outcome(desk, sent) == [("sent", "")]
+
+
+# Ids ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("own_id", [
+    "<o'brien.1@x.example>", '<"abc"@x.example>', "<'a'@x.example>"])
+@pytest.mark.parametrize("is_raw", [False, True], ids=["canonical", "raw"])
+def test_an_id_with_quotes_threads(desk, own_id, is_raw):
+    ticket = desk.post(desk.mail(message_id=own_id))["ticket"]
+    assert desk.sql("SELECT message_id FROM message WHERE direction = 'in'") == [(own_id,)]
+    sender = "grace@customer.example"
+    answer = (desk.post(raw(f"In-Reply-To: {own_id}", sender=sender), RAW) if is_raw else desk.post(
+        desk.mail(**{"from": sender, "message_id": "<2@x.example>", "in_reply_to": own_id})))
+    assert (answer["status"], answer["ticket"]) == ("appended", ticket)
+    assert desk.count("ticket") == 1
+
+
+# Command line and the file ------------------------------------------------------------------------
+
+def account(desk):
+    return json.loads(desk.run("account", "--json"))
+
+
+def test_a_setting_without_its_equals_sign_is_wrong_usage(desk):
+    desk.run("account", "set", "smtp_host=relay.example")
+    for words in (["smtp_host"], ["smtp_host", "smtp_port=26"], ["smtp_port=26", "smtp_host"]):
+        said = desk.run("account", "set", *words, status=2)
+        assert len(said.splitlines()) == 1
+        assert (account(desk)["smtp_host"], account(desk)["smtp_port"]) == ("relay.example", None)
+
+
+def test_a_new_queue_s_name_makes_the_queue(desk):
+    desk.run("account", "set", "queue=New")
+    assert account(desk)["queue"] == "New"
+    assert desk.sql("SELECT count(*) FROM queue WHERE name = 'New'") == [(1,)]
+    desk.post(desk.mail())
+    assert desk.sql("SELECT queue FROM tickets") == [("New",)]
+
+
+def test_another_setting_leaves_the_password_as_it_is(desk):
+    desk.run("account", "set", "smtp_password=x")
+    desk.run("account", "set", "smtp_port=25")
+    assert desk.sql("SELECT smtp_password, smtp_port FROM email_account") == [("x", 25)]
+    assert account(desk)["smtp_password"] == "(set)"
+
+
+def test_the_queue_of_automatic_mail_keeps_its_name(desk):
+    with pytest.raises(sqlite3.IntegrityError):
+        desk.execute("UPDATE queue SET name = 'Robots' WHERE name = 'Automatic'")
+    assert desk.sql("SELECT count(*) FROM queue WHERE name = 'Automatic'") == [(1,)]
+
+
+def test_a_current_secret_wins_over_another_account_s_previous_one(desk):
+    desk.run("account", "add", "sales@helpdesk.example")
+    desk.execute("""UPDATE email_account SET previous_secret = ?, previous_secret_until = 9e9
+        WHERE address LIKE 'sales%'""", SECRET)
+    assert desk.post(desk.mail())["status"] == "created"
+    assert desk.sql("SELECT address FROM ticket JOIN email_account ON email_account = "
+                    "email_account.id") == [("support@helpdesk.example",)]
+
+
+@pytest.mark.parametrize("state", ["sending", "queued"])
+def test_a_clock_set_back_by_a_day_holds_no_mail_up(desk, clock, sink, state):
+    desk.run("account", "set", "smtp_host=127.0.0.1", f"smtp_port={sink.port}",
+             "smtp_security=none")
+    desk.post(desk.mail())
+    if state == "sending":
+        assert desk.store.write(inbound.claim, desk.store.accounts()[0])
+    assert desk.sql("SELECT state FROM outbox") == [(state,)]
+    clock.advance(-86400)
+    assert inbound.send_due(desk.store) == {"sent": 1}
+    assert len(sink.received) == 1
+    assert desk.sql("SELECT state FROM outbox") == [("sent",)]
+
+
+def test_processes_that_open_a_new_file_at_once_agree_on_it(tmp_path):
+    path = tmp_path / "new.db"
+    argv = [sys.executable, "-W", "error", inbound.__file__, "--db", str(path), "secret"]
+    started = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+               for _ in range(6)]
+    outcomes = [(*process.communicate(timeout=20), process.returncode) for process in started]
+    for out, err, code in outcomes:
+        assert code in (0, 1) and (err == "" if code == 0 else len(err.splitlines()) == 1), err
+    secret = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    assert len(secret.strip()) >= 16
+    assert {out for out, _, code in outcomes if code == 0} <= {secret}
+    with sqlite3.connect(path) as db:
+        assert db.execute("SELECT count(*) FROM email_account").fetchall() == [(1,)]
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    db.close()
