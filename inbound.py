@@ -128,7 +128,7 @@ def make_app(store):
             log.exception("while answering")
             status, content = 500, {"error": "unexpected: nothing was stored, send it again"}
         kind = "application/json" if text is None else "text/plain"
-        body = (json.dumps(content) if text is None else text).encode()
+        body = (json.dumps(content) + "\n" if text is None else text).encode()
         # The remark is escaped and capped: nobody outside writes a line of this log.
         log.info("%d %sB %.0fms %s", status, environ.get("CONTENT_LENGTH") or 0,
                  1000 * (time.perf_counter() - began), ascii(remark_of(content))[1:-1][:300])
