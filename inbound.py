@@ -386,8 +386,8 @@ def loaded(text, default=None):
 
 def fields_of(content_type, body):
     """Return the JSON object or list of a body, the Form, or the bytes of a raw message."""
-    header = email.message.Message()
-    header["Content-Type"] = content_type.strip() or "application/json"
+    header = email.message.Message(Bytewise())
+    header["Content-Type"] = clean(content_type).strip() or "application/json"
     kind = header.get_content_type()
     if kind == "message/rfc822" and body.strip():
         return body
@@ -497,9 +497,9 @@ def mail_of(where, fields):
 
 
 def mailjet_part(fields, part):
-    header = email.message.Message()
+    header = email.message.Message(Bytewise())
     for name, value in raw_headers_of(part.get("Headers"), {}):
-        header[name] = value
+        header[name] = clean(value)
     return {"filename": header.get_filename(), "type": header.get_content_type(),
             "cid": header["Content-ID"], "content": fields.get(part["ContentRef"])}
 
@@ -958,8 +958,8 @@ def mailbox_key(address):
 # shares one transaction and one fsync, with a SAVEPOINT each. A message *is* stored when COMMIT
 # returns.
 #
-# WAL with synchronous=FULL: SQLite's defaults lose acknowledged rows on a power cut. Only the
-# writer checkpoints: before 3.51.3 SQLite may corrupt a file that two connections checkpoint.
+# WAL with synchronous=FULL: SQLite's defaults lose acknowledged rows on a power cut. Of a process
+# only the writer checkpoints: before 3.51.3 SQLite may corrupt a file that two do it to at once.
 
 SCHEMA_VERSION, APPLICATION_ID = 1, 1768841828      # schema.sql's
 MIGRATIONS = {}                 # user_version → the SQL that makes the next version of it
@@ -1097,13 +1097,6 @@ def migrate(db, path):
     return not tables
 
 
-def insert(db, table, **row):
-    """Insert a row, lists in it as JSON; return its id."""
-    names, marks = ", ".join(f'"{name}"' for name in row), ", ".join("?" * len(row))
-    values = [json.dumps(value) if isinstance(value, list) else value for value in row.values()]
-    return db.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", values).lastrowid
-
-
 def file_all(db, now, post, addresses, mails):
     """Store each member of a post as `understand` returned it; what failed is kept, alone."""
     results = []
@@ -1176,6 +1169,13 @@ def insert_message(db, now, account, ticket, message, kind, reason, confirmation
     for attachment in message.attachments:
         insert(db, "attachment", message=identifier, **attachment)
     return identifier
+
+
+def insert(db, table, **row):
+    """Insert a row, lists in it as JSON; return its id."""
+    names, marks = ", ".join(f'"{name}"' for name in row), ", ".join("?" * len(row))
+    values = [json.dumps(value) if isinstance(value, list) else value for value in row.values()]
+    return db.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", values).lastrowid
 
 
 def fail_bounced(db, account, message):
@@ -1286,24 +1286,6 @@ def deliverable(address):
     return address if is_safe else None
 
 
-class Verbatim(email.policy.EmailPolicy):
-    """EmailMessage's policy, but these headers are neither parsed nor folded.
-
-    The stock one makes of a long In-Reply-To an encoded-word that threads nowhere, and of a long
-    quoted name with commas in From several mailboxes.
-    """
-
-    names = ("From", "To", "Message-ID", "In-Reply-To", "References")
-
-    def header_store_parse(self, name, value):
-        return (name, value) if name in self.names else super().header_store_parse(name, value)
-
-    def fold_binary(self, name, value):
-        if name not in self.names:
-            return super().fold_binary(name, value)
-        return f"{name}: {value}\r\n".replace("> <", ">\r\n <").encode("ascii")
-
-
 def draft_mail(account, now, recipient, extra, subject, text, ancestors):
     """Return (Message, bytes) of a text/plain mail; ValueError when it cannot be written safely.
 
@@ -1340,6 +1322,24 @@ def draft_mail(account, now, recipient, extra, subject, text, ancestors):
         headers["Message-ID"], "", parents, known, address, name,
         account["confirmation_envelope_from"] or "" if extra else address, [recipient], [], subject,
         text, None, [*map(list, headers.items())], [], [], 1, ""), content
+
+
+class Verbatim(email.policy.EmailPolicy):
+    """EmailMessage's policy, but these headers are neither parsed nor folded.
+
+    The stock one makes of a long In-Reply-To an encoded-word that threads nowhere, and of a long
+    quoted name with commas in From several mailboxes.
+    """
+
+    names = ("From", "To", "Message-ID", "In-Reply-To", "References")
+
+    def header_store_parse(self, name, value):
+        return (name, value) if name in self.names else super().header_store_parse(name, value)
+
+    def fold_binary(self, name, value):
+        if name not in self.names:
+            return super().fold_binary(name, value)
+        return f"{name}: {value}\r\n".replace("> <", ">\r\n <").encode("ascii")
 
 
 def send_later(db, now, account, ticket, draft, purpose):

@@ -470,3 +470,14 @@ def test_processes_that_open_a_new_file_at_once_agree_on_it(tmp_path):
         assert db.execute("SELECT count(*) FROM email_account").fetchall() == [(1,)]
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     db.close()
+
+
+@pytest.mark.parametrize("content_type", [
+    'application/pdf; name="a\ud800.pdf"', 'application/pdf; x="' + ";" * 60_000])
+def test_a_mailjet_part_with_a_hostile_header_is_read_like_any_other(content_type):
+    headers = {"Content-Type": content_type}
+    part = {"Headers": headers, "ContentRef": "Attachment1"}
+    began = time.monotonic()
+    read = inbound.mailjet_part({"Attachment1": "eA=="}, part)
+    assert time.monotonic() - began < 3
+    assert (read["type"], read["content"]) == ("application/pdf", "eA==")
