@@ -9,19 +9,20 @@ import io
 import json
 import logging
 import os
+import shutil
 import socket
 import sqlite3
-import time
+import tempfile
 from collections import namedtuple
 from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import validator
 
-import inbound
 import pytest
-from conftest import SECRET, URL
+import webtest
 
-HEADER = "X-Mobieus-Inbound-Secret"
-WRONG = "b-secret-of-the-tests-0123456789"
+import inbound
+from conftest import DAY, HEADER, SECRET, URL, WRONG
+
 OTHER = "another-secret-of-the-tests-9876"
 ODD = "p@ss w/rd:+&=%41 0123456789"
 
@@ -190,7 +191,7 @@ def test_a_previous_secret_is_valid_until_its_time(desk):
 
 def test_a_rotated_secret_is_kept_for_a_day_unless_told_otherwise(desk):
     desk.run("secret", "rotate")
-    desk.clock.advance(24 * 3600 - 1)
+    desk.clock.advance(DAY - 1)
     assert ask(desk, {HEADER: SECRET}).status_int == 200
     desk.clock.advance(2)
     assert ask(desk, {HEADER: SECRET}).status_int == 401
@@ -278,8 +279,7 @@ def test_no_secret_is_in_a_log_line_or_an_answer(desk, caplog):
         assert SECRET not in ask(desk, headers, query).text
     for path in (f"/{SECRET}", "/healthz"):
         desk.app.get(f"{path}?secret={WRONG}", expect_errors=True)
-    assert WRONG not in caplog.text
-    assert SECRET not in caplog.text.replace(f"/{SECRET}", "")
+    assert WRONG not in caplog.text and SECRET not in caplog.text
 
 
 # (body, content type): each is refused with the secret somewhere in it.
@@ -304,8 +304,8 @@ def test_no_row_but_its_own_holds_a_secret(desk):
     desk.request("{" + SECRET)
     desk.run("secret", "rotate")
     desk.request({"text": SECRET}, headers={HEADER: SECRET})
-    with contextlib.closing(sqlite3.connect(desk.path)) as db:
-        dump = [line for line in db.iterdump() if 'INTO "email_account"' not in line]
+    dump = [line for line in desk.dump() if 'INTO "email_account"' not in line]
+    assert desk.count("rejected") == 2        # the last repeats the first
     assert not [line for line in dump if SECRET in line or SECRET.encode().hex() in line.lower()]
 
 
@@ -321,15 +321,29 @@ def test_no_refusal_repeats_the_secret_in_its_reason(desk, caplog, body, content
     assert desk.count("ticket") == 0
 
 
-def test_healthz_warns_of_refused_secrets_for_an_hour(desk):
-    assert health(desk) == (200, {"status": "ok", "warnings": []})
-    refuse(desk, {HEADER: WRONG})
-    refuse(desk, {})
-    status, answer = health(desk)
+def test_healthz_warns_of_refused_secrets_for_an_hour(ready):
+    assert ready.health() == FINE
+    refuse(ready, {HEADER: WRONG})
+    refuse(ready, {})
+    status, answer = ready.health()
     assert (status, answer["status"]) == (200, "ok")
-    assert "secret" in answer["warnings"][0] and "2" in answer["warnings"][0]
-    desk.clock.advance(3601)
-    assert health(desk) == (200, {"status": "ok", "warnings": []})
+    [warning] = answer["warnings"]
+    assert "secret" in warning and "2" in warning
+    ready.clock.advance(3601)
+    assert ready.health() == FINE
+
+
+def test_refused_secrets_are_logged_and_told_by_doctor_with_the_address_they_came_from(
+        desk, caplog):
+    caplog.set_level(logging.INFO)
+    for _ in range(3):      # 198.51.100.7 is nobody's: RFC 5737
+        desk.app.post(URL, b"{}", headers={HEADER: WRONG}, status=401,
+                      extra_environ={"REMOTE_ADDR": "198.51.100.7"})
+    lines = [line for line in lines_of(caplog) if "401" in line]
+    assert len(lines) == 3 and all("198.51.100.7" in line for line in lines)
+    # It has no relay yet, hence a FAIL and exit 1.
+    said = [line for line in desk.run("doctor", status=1).splitlines() if "198.51.100.7" in line]
+    assert len(said) == 1 and "3" in said[0].replace("198.51.100.7", "")
 
 
 # The other requests -------------------------------------------------------------------------------
@@ -426,15 +440,19 @@ def test_a_missing_body_is_400(desk):
 
 # What /healthz says -------------------------------------------------------------------------------
 
-def health(desk):
-    response = desk.app.get("/healthz", expect_errors=True)
-    assert response.content_type == "application/json"
-    return response.status_int, response.json
+FINE = (200, {"status": "ok", "warnings": []})
+
+
+@pytest.fixture
+def ready(desk):
+    """A desk that /healthz has nothing to say of: it has a secret, an address and a relay."""
+    desk.set_account(smtp_host="relay.example")
+    return desk
 
 
 def degraded(desk, word):
     """Assert that /healthz is degraded for one reason that has `word` in it, HEAD too."""
-    status, answer = health(desk)
+    status, answer = desk.health()
     assert (status, answer["status"]) == (503, "degraded")
     [reason] = answer["reasons"]
     assert word in reason.lower()
@@ -443,77 +461,116 @@ def degraded(desk, word):
 
 
 def warned(desk, word):
-    status, answer = health(desk)
+    status, answer = desk.health()
     assert (status, answer["status"]) == (200, "ok")
     [warning] = answer["warnings"]
     assert word in warning
 
 
-def test_healthz_of_a_new_desk_is_ok_for_get_and_head(desk):
-    assert health(desk) == (200, {"status": "ok", "warnings": []})
-    head = desk.app.head("/healthz")
+def test_healthz_of_a_desk_that_is_set_up_is_ok_for_get_and_head(ready):
+    assert ready.health() == FINE
+    head = ready.app.head("/healthz")
     assert (head.status_int, head.body, head.content_type) == (200, b"", "application/json")
 
 
-def test_healthz_is_degraded_without_a_secret(desk):
-    desk.execute("UPDATE email_account SET inbound_secret = NULL")
-    degraded(desk, "secret")
+def test_healthz_is_degraded_without_a_secret(ready):
+    ready.set_account(inbound_secret=None)
+    degraded(ready, "secret")
 
 
-def test_healthz_is_degraded_when_the_outbox_head_is_an_hour_old(desk):
-    desk.post(desk.mail())
-    now = int(time.time())
-    desk.execute("UPDATE outbox SET created_at = ?", now - 3500)
-    assert health(desk) == (200, {"status": "ok", "warnings": []})
-    desk.execute("UPDATE outbox SET created_at = ?", now - 3700)
-    degraded(desk, "outbox")
-    desk.execute("UPDATE outbox SET state = 'sent', next_attempt_at = NULL")
-    assert health(desk) == (200, {"status": "ok", "warnings": []})
+def test_healthz_is_degraded_when_the_outbox_head_is_an_hour_old(ready):
+    ready.post(ready.mail())
+    ready.clock.advance(3590)
+    assert ready.health() == FINE
+    ready.clock.advance(20)
+    degraded(ready, "outbox")
+    ready.execute("UPDATE outbox SET state = 'sent', next_attempt_at = NULL")
+    assert ready.health() == FINE
 
 
-def test_healthz_is_degraded_while_the_database_is_locked(desk, monkeypatch):
-    monkeypatch.setattr(inbound, "BUSY_TIMEOUT", 0.2)
-    with contextlib.closing(sqlite3.connect(desk.path, isolation_level=None)) as admin:
-        admin.execute("BEGIN IMMEDIATE")
-        degraded(desk, "locked")
-        response = desk.request(desk.mail())
+def test_healthz_is_degraded_while_the_database_is_locked(ready, impatient):
+    with ready.locked():
+        degraded(ready, "locked")
+        response = ready.request(ready.mail())
         assert response.status_int == 503 and int(response.headers["Retry-After"]) > 0
-    assert nothing_is_stored(desk)
-    assert health(desk) == (200, {"status": "ok", "warnings": []})
+    assert nothing_is_stored(ready)
+    assert ready.health() == FINE
 
 
-def test_healthz_is_degraded_when_the_database_is_none_any_more(desk):
-    desk.store.close()
-    desk.path.write_bytes(b"no database any more" * 500)
-    degraded(desk, "database")
-    assert desk.request(desk.mail()).status_int == 503
+def test_healthz_is_degraded_when_the_database_is_none_any_more(ready):
+    ready.store.close()
+    ready.path.write_bytes(b"no database any more" * 500)
+    degraded(ready, "database")
+    assert ready.request(ready.mail()).status_int == 503
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everything")
-def test_healthz_is_degraded_when_the_database_is_read_only(desk):
-    desk.store.close()
-    desk.path.chmod(0o400)
-    degraded(desk, "database")
-    assert desk.request(desk.mail()).status_int == 503
+@contextlib.contextmanager
+def without_privileges():
+    """Be nobody for a while where we are root, who may write everything."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
 
 
-def test_healthz_is_degraded_when_the_disk_is_almost_full(desk, monkeypatch):
+def test_healthz_is_degraded_when_the_file_is_read_only(ready, clock):
+    ready.store.close()
+    with tempfile.TemporaryDirectory() as folder:       # tmp_path is root's alone
+        path = shutil.copy(ready.path, folder)
+        os.chmod(path, 0o444)
+        os.chmod(folder, 0o555)
+        with without_privileges(), contextlib.closing(inbound.Store(path, clock)) as store:
+            app = webtest.TestApp(inbound.make_app(store))
+            answer = app.get("/healthz", status=503).json
+            assert answer["status"] == "degraded" and "read" in answer["reasons"][0]
+            app.post_json(URL, ready.mail(), headers={HEADER: SECRET}, status=503)
+        os.chmod(folder, 0o755)
+
+
+@pytest.mark.parametrize("table", ["ticket", "message", "attachment", "outbox"])
+def test_healthz_is_degraded_when_the_file_lacks_what_a_message_needs(ready, table):
+    assert ready.health() == FINE
+    ready.execute(f"DROP TABLE {table}")
+    status, answer = ready.health()
+    assert (status, answer["status"]) == (503, "degraded")
+    assert table in " ".join(answer["reasons"])
+
+
+def test_the_rehearsal_of_healthz_leaves_nothing_behind(ready):
+    before = ready.dump()
+    assert ready.health() == FINE
+    assert ready.dump() == before
+    assert ready.post(ready.mail())["message"] == 1     # nor does it use up numbers
+
+
+def test_healthz_is_degraded_when_the_disk_is_almost_full(ready, monkeypatch):
     disk = namedtuple("disk", "f_blocks f_bfree f_bavail f_frsize")
     monkeypatch.setattr("os.statvfs", lambda path: disk(1000, 49, 49, 4096))
-    degraded(desk, "disk")
+    degraded(ready, "disk")
     monkeypatch.setattr("os.statvfs", lambda path: disk(1000, 51, 51, 4096))
-    assert health(desk)[0] == 200
+    assert ready.health() == FINE
 
 
-def test_healthz_only_warns_of_rejected_mail(desk):
-    desk.request({})
-    warned(desk, "rejected")
+def test_healthz_only_warns_of_rejected_mail(ready):
+    ready.request({})
+    warned(ready, "rejected")
 
 
-def test_healthz_only_warns_of_failed_confirmations(desk):
-    desk.post(desk.mail())
-    desk.execute("UPDATE outbox SET state = 'failed', next_attempt_at = NULL, last_error = '550'")
-    warned(desk, "sent")
+def test_healthz_only_warns_of_failed_confirmations(ready):
+    ready.post(ready.mail())
+    ready.execute("UPDATE outbox SET state = 'failed', next_attempt_at = NULL, last_error = '550'")
+    warned(ready, "sent")
+
+
+def test_healthz_only_warns_of_what_is_not_set_up(ready):
+    ready.set_account(smtp_host=None)
+    warned(ready, "relay")
+    ready.set_account(smtp_host="relay.example", address="support@localhost")
+    warned(ready, "support@localhost")
 
 
 # A refusal that comes again, and the log ----------------------------------------------------------
@@ -576,7 +633,7 @@ def status_of(answer):
 
 def test_real_sockets_get_the_same_answers(serve):
     served = serve(env={"INBOUND_MAX_BODY": "1000"})
-    [(secret,)] = rows(served, "SELECT inbound_secret FROM email_account")
+    [(secret,)] = served.sql("SELECT inbound_secret FROM email_account")
     mail = json.dumps({"from": "ada@customer.example", "message_id": "<1@x>"}).encode()
     ours, wrong = f"{HEADER}: {secret}", f"{HEADER}: {WRONG}"
     length = f"Content-Length: {len(mail)}"
@@ -593,17 +650,12 @@ def test_real_sockets_get_the_same_answers(serve):
         assert status_of(exchange(served.port, request)) == status, request
     short = request_of(mail[:-1], length, ours)
     assert status_of(exchange(served.port, short, close=True)) in (None, 400)
-    assert rows(served, "SELECT count(*) FROM ticket") == [(0,)]
+    assert served.sql("SELECT count(*) FROM ticket") == [(0,)]
     head = exchange(served.port, request_of(method="HEAD"))
     assert status_of(head) == 200 and head.endswith(b"\r\n\r\n")
     chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(mail), mail)
     answer = exchange(served.port, request_of(chunked, "Transfer-Encoding: chunked", ours))
     assert status_of(answer) == 200 and b'"created"' in answer
     served.stop()
-    log = served.path.with_name("inbound.db.log").read_text()
+    log = served.log_text()
     assert secret not in log and WRONG not in log and "\nFAKE" not in log
-
-
-def rows(served, query):
-    with contextlib.closing(sqlite3.connect(served.path)) as db:
-        return db.execute(query).fetchall()

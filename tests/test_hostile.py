@@ -4,18 +4,17 @@ Slow input answers in time, shapes that look like a provider's are no trap, no s
 and no odd header costs a mark of automatic mail.
 """
 
+import concurrent.futures
 import json
 import re
+import signal
 import sqlite3
-import subprocess
-import sys
-import time
 from urllib.parse import unquote, urlencode
 
 import pytest
 
 import inbound
-from conftest import HERE, SECRET
+from conftest import DAY, HEADER, HERE, SECRET, mail_from, processor_seconds
 
 FORM, RAW = "application/x-www-form-urlencoded", "message/rfc822"
 CUT = "cut-here"
@@ -48,10 +47,10 @@ def sendgrid(*more):
                      ("text", None, "It burns."), *more)
 
 
-def many_files():
-    files = [f"attachment{number}" for number in range(1, 2001)]
+def many_files(count):
+    files = [f"attachment{number}" for number in range(1, count + 1)]
     infos = {file: {"filename": f"{file}.png", "content-id": f"{file}@x"} for file in files}
-    return sendgrid(("attachments", None, "2000"), ("attachment-info", None, json.dumps(infos)),
+    return sendgrid(("attachments", None, str(count)), ("attachment-info", None, json.dumps(infos)),
                     *((file, f"{file}.png", "png") for file in files))
 
 
@@ -60,6 +59,11 @@ def nested(depth, text):
     for level in range(depth):
         lines += [f'Content-Type: multipart/mixed; boundary="b{level}"', "", f"--b{level}"]
     return raw(*lines, "Content-Type: text/plain", text=text)
+
+
+def parts(count):
+    lines = ["Subject: many", "Content-Type: multipart/mixed; boundary=b", ""]
+    return raw(*lines, *["--b", "Content-Type: text/plain", "", "x"] * count, "--b--")
 
 
 def canonical(**fields):
@@ -77,7 +81,7 @@ def charset(name):
     return raw(f"Content-Type: text/plain; charset={name}", text="a-" + "b" * 300_000)
 
 
-IDS = " ".join(f"<{number}@customer.example>" for number in range(100_000))
+IDS = " ".join(f"<{number}@customer.example>" for number in range(50_000))
 BROKEN_WORDS, WORDS = "=?a?q? " * 14_300, "=?utf-8?q?ab=C3=A4?= " * 50_000
 SLOW = {
     "a subject of broken encoded words": lambda: canonical(subject=BROKEN_WORDS),
@@ -108,40 +112,58 @@ SLOW = {
 
 def posted(desk, body, content_type):
     """The response; the type goes as a header, or WebTest encodes a multipart body anew."""
-    return desk.request(body, None, headers={"X-Mobieus-Inbound-Secret": SECRET,
-                                             "Content-Type": content_type})
+    return desk.request(body, None, headers={HEADER: SECRET, "Content-Type": content_type})
 
 
-def timed(desk, body, content_type):
-    began = time.monotonic()
-    response = posted(desk, body, content_type)
-    assert time.monotonic() - began < 3
+def posted_in_time(desk, body, content_type):
+    """The response, whose cost is within SPEC 3: a second of processor for each 2 MB begun."""
+    with processor_seconds() as used:
+        response = posted(desk, body, content_type)
+    assert used.seconds < 1 + len(body) // 2_000_000
     return response
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
 def test_what_is_made_to_be_slow_is_stored_in_time(desk, name):
     body = SLOW[name]()
     kind = RAW if isinstance(body, bytes) else "application/json"
-    response = timed(desk, body, kind)
+    response = posted_in_time(desk, body, kind)
     assert (response.status_int, response.json["status"]) == (200, "created"), response.text
     assert desk.count("rejected") == 0
     assert len(desk.sql("SELECT id FROM message WHERE direction = 'in'")) == 1
 
 
-def test_a_form_of_two_thousand_files_is_stored_in_time(desk):
-    answer = timed(desk, many_files(), MULTIPART).json
+def test_a_form_of_nine_hundred_files_is_stored_in_time(desk):
+    answer = posted_in_time(desk, many_files(900), MULTIPART).json
     assert answer["status"] == "created"
-    assert desk.sql("SELECT count(*), count(DISTINCT filename) FROM attachment") == [(2000, 2000)]
+    assert desk.sql("SELECT count(*), count(DISTINCT filename) FROM attachment") == [(900, 900)]
     [[content_id]] = desk.sql("SELECT content_id FROM attachment WHERE filename LIKE '%t7.png'")
     assert content_id == "attachment7@x"
 
 
-def test_deeply_nested_multiparts_are_answered_in_time_and_kept(desk):
-    response = timed(desk, nested(90, "\n" * 200_000), RAW)
-    assert response.status_int == 200
-    assert response.json["status"] in ("created", "quarantined")
-    assert desk.count("ticket") + desk.count("rejected") == 1
+# Past a bound of SPEC 3: the body, its type, and the bound that the note names.
+PAST_A_BOUND = {
+    "depth": (lambda: nested(90, "\n" * 200_000), RAW, "10"),
+    "parts": (lambda: parts(3000), RAW, "1,?000"),
+    "header lines": (lambda: raw(*["X-Many: x"] * 5000), RAW, "1,?000"),
+    "header bytes": (lambda: raw(*["X-Long: " + "x" * 9000] * 40), RAW, "256"),
+    "form fields": (lambda: many_files(2000), MULTIPART, "1,?000"),
+}
+
+
+@pytest.mark.parametrize("bound", PAST_A_BOUND)
+def test_past_a_bound_a_mail_is_a_ticket_that_keeps_the_whole_of_it(desk, bound):
+    make, kind, number = PAST_A_BOUND[bound]
+    body = make()
+    answer = posted_in_time(desk, body, kind).json
+    assert answer["status"] == "created" and desk.count("rejected") == 0
+    [message] = desk.records("SELECT * FROM message WHERE direction = 'in'")
+    assert message["from_address"] == "ada@customer.example"
+    assert desk.sql("SELECT content FROM attachment WHERE size = ?", len(body)) == [(body,)]
+    [shown] = [item for item in desk.show(answer["ticket"])["messages"]
+               if item["direction"] == "in"]
+    assert re.search(number, " ".join(shown["notes"])), shown["notes"]
 
 
 @pytest.mark.parametrize("names", [
@@ -149,19 +171,32 @@ def test_deeply_nested_multiparts_are_answered_in_time_and_kept(desk):
 @pytest.mark.parametrize("body", [sendgrid, multipart])
 def test_a_form_with_an_odd_field_and_a_file_is_never_a_500(desk, names, body):
     fields = [(name, None, "x") for name in names]
-    response = timed(desk, body(*fields, ("photo", "a.png", "png")), MULTIPART)
+    response = posted_in_time(desk, body(*fields, ("photo", "a.png", "png")), MULTIPART)
     assert response.status_int in (200, 400, 422), response.text
     assert desk.count("ticket") + desk.count("rejected") == 1
 
 
+@pytest.mark.parametrize("body, kind", [
+    (b"[[]" + b",[]" * 5_000_000 + b"]", "application/json"), (b"a=x&" * 786_432, FORM)],
+    ids=["json", "form"])
+def test_nothing_is_parsed_for_a_stranger_while_socketlabs_is_set_up(file, serve, body, kind):
+    file.set_account(validation_key="the-validation-key")
+    served = serve()
+    with processor_seconds(served.process.pid) as used:
+        assert served.post(body, headers={"Content-Type": kind})[0] == 401
+    assert used.seconds < 0.5       # to parse them takes a second, or minutes
+    served.stop(signal.SIGKILL)
+
+
 # Shapes -------------------------------------------------------------------------------------------
 
-def test_two_unreadable_brevo_mails_are_two_rows_for_review(desk):
-    for uuid, sender in (("A", "x"), ("B", "y")):
-        answer = desk.post({"items": [{"Uuid": uuid, "Absender": sender}]})
-        assert answer["status"] == "batch"
-        assert [item["status"] for item in answer["messages"]] == ["quarantined"]
-    assert (desk.count("rejected"), desk.count("ticket"), desk.count("message")) == (2, 0, 0)
+def test_the_bad_members_of_two_brevo_posts_are_two_rows_for_review(desk):
+    for number in (1, 2):
+        item = {"Uuid": [f"u{number}"], "MessageId": f"<{number}@customer.example>",
+                "From": {"Address": f"{number}@customer.example"}, "RawTextBody": "text"}
+        answer = desk.post({"items": [item, number]})
+        assert [item["status"] for item in answer["messages"]] == ["created", "quarantined"]
+    assert (desk.count("rejected"), desk.count("ticket")) == (2, 2)
 
 
 @pytest.mark.parametrize("fields", [
@@ -200,7 +235,7 @@ def test_a_bad_member_of_a_sparkpost_batch_costs_only_itself(desk):
 
 
 @pytest.mark.parametrize("fields", [
-    {}, {"Foo": 1}, {"Message": [1]}, {"Message": None}, {"Message": {}, "InboundMailFrom": 5},
+    {}, {"Foo": 1}, {"Message": [1]}, {"Message": None},
     f"SecretKey={SECRET}&Foo=1"], ids=str)
 def test_a_refused_socketlabs_post_gets_the_bare_key_and_is_kept(desk, fields):
     desk.execute("UPDATE email_account SET validation_key = 'the-validation-key'")
@@ -257,7 +292,7 @@ def test_no_spelling_of_the_secret_in_a_body_is_kept_or_answered(desk, secret, s
     spelled = SPELLINGS[spelling](secret)
     for place, body in PLACES.items():
         response = desk.request(body.replace("%s", spelled),
-                                headers={"X-Mobieus-Inbound-Secret": secret})
+                                headers={HEADER: secret})
         assert response.status_int == (400 if place == "what is no JSON" else 422), place
         assert_nowhere(desk, response, secret, spelled)
     assert desk.count("rejected") == len(PLACES)
@@ -276,7 +311,7 @@ def test_the_secret_in_the_content_type_is_not_kept_or_answered(desk, form, stat
 def test_a_type_in_lower_case_or_a_cut_value_shows_no_part_of_the_secret(desk):
     secret = "LKvCLoyECe2aRcIGadM34EJb_07ggtdK"
     desk.execute("UPDATE email_account SET inbound_secret = ?", secret)
-    headers = {"X-Mobieus-Inbound-Secret": secret}
+    headers = {HEADER: secret}
     for body, kind, part in (("{}", f"application/{secret}", secret.lower()),
                              ({"from": "x" * 80 + secret}, "application/json", secret[:16])):
         response = desk.request(body, kind, headers=headers)
@@ -377,7 +412,7 @@ def test_a_bounce_at_another_account_fails_nothing_of_ours(desk, sent):
     desk.run("account", "add", "sales@helpdesk.example")
     desk.run("secret", "set", "another-secret-of-sales-1", "--account", "sales@helpdesk.example")
     answer = desk.post(report("bounce-postfix-dsn.eml", sent), RAW,
-                       headers={"X-Mobieus-Inbound-Secret": "another-secret-of-sales-1"})
+                       headers={HEADER: "another-secret-of-sales-1"})
     assert (answer["status"], answer["kind"]) == ("created", "bounce")
     assert outcome(desk, sent) == [("sent", "")]
 
@@ -406,8 +441,7 @@ def account(desk):
 def test_a_setting_without_its_equals_sign_is_wrong_usage(desk):
     desk.run("account", "set", "smtp_host=relay.example")
     for words in (["smtp_host"], ["smtp_host", "smtp_port=26"], ["smtp_port=26", "smtp_host"]):
-        said = desk.run("account", "set", *words, status=2)
-        assert len(said.splitlines()) == 1
+        assert "KEY=VALUE" in desk.run("account", "set", *words, status=2)
         assert (account(desk)["smtp_host"], account(desk)["smtp_port"]) == ("relay.example", None)
 
 
@@ -416,7 +450,7 @@ def test_a_new_queue_s_name_makes_the_queue(desk):
     assert account(desk)["queue"] == "New"
     assert desk.sql("SELECT count(*) FROM queue WHERE name = 'New'") == [(1,)]
     desk.post(desk.mail())
-    assert desk.sql("SELECT queue FROM tickets") == [("New",)]
+    assert desk.sql("SELECT name FROM ticket JOIN queue ON queue.id = queue") == [("New",)]
 
 
 def test_another_setting_leaves_the_password_as_it_is(desk):
@@ -443,41 +477,37 @@ def test_a_current_secret_wins_over_another_account_s_previous_one(desk):
 
 @pytest.mark.parametrize("state", ["sending", "queued"])
 def test_a_clock_set_back_by_a_day_holds_no_mail_up(desk, clock, sink, state):
-    desk.run("account", "set", "smtp_host=127.0.0.1", f"smtp_port={sink.port}",
-             "smtp_security=none")
+    desk.send_to(sink.port)
     desk.post(desk.mail())
     if state == "sending":
-        assert desk.store.write(inbound.claim, desk.store.accounts()[0])
+        desk.execute("UPDATE outbox SET state = 'sending', attempts = 1, next_attempt_at = ?",
+                     clock() + 45)
     assert desk.sql("SELECT state FROM outbox") == [(state,)]
-    clock.advance(-86400)
-    assert inbound.send_due(desk.store) == {"sent": 1}
+    clock.advance(-DAY)
+    inbound.send_due(desk.store)
     assert len(sink.received) == 1
     assert desk.sql("SELECT state FROM outbox") == [("sent",)]
 
 
-def test_processes_that_open_a_new_file_at_once_agree_on_it(tmp_path):
-    path = tmp_path / "new.db"
-    argv = [sys.executable, "-W", "error", inbound.__file__, "--db", str(path), "secret"]
-    started = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-               for _ in range(6)]
-    outcomes = [(*process.communicate(timeout=20), process.returncode) for process in started]
-    for out, err, code in outcomes:
-        assert code in (0, 1) and (err == "" if code == 0 else len(err.splitlines()) == 1), err
-    secret = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
-    assert len(secret.strip()) >= 16
-    assert {out for out, _, code in outcomes if code == 0} <= {secret}
-    with sqlite3.connect(path) as db:
-        assert db.execute("SELECT count(*) FROM email_account").fetchall() == [(1,)]
-        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-    db.close()
+def test_servers_that_open_a_new_file_at_once_agree_on_it(serve):
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        servers = [running.result() for running in [pool.submit(serve) for _ in range(4)]]
+    [(secret,)] = servers[0].sql("SELECT inbound_secret FROM email_account")
+    for number, served in enumerate(servers):
+        assert served.post(mail_from(f"n{number}"), headers={HEADER: secret})[0] == 200
+        served.stop()
+    assert sum(secret in served.greeting for served in servers) == 1
+    assert servers[0].count("ticket") == 4
+    assert servers[0].sql("PRAGMA integrity_check") == [("ok",)]
 
 
 @pytest.mark.parametrize("content_type", [
     'application/pdf; name="a\ud800.pdf"', 'application/pdf; x="' + ";" * 60_000])
-def test_a_mailjet_part_with_a_hostile_header_is_read_like_any_other(content_type):
-    headers = {"Content-Type": content_type}
-    part = {"Headers": headers, "ContentRef": "Attachment1"}
-    began = time.monotonic()
-    read = inbound.mailjet_part({"Attachment1": "eA=="}, part)
-    assert time.monotonic() - began < 3
-    assert (read["type"], read["content"]) == ("application/pdf", "eA==")
+def test_a_mailjet_part_with_a_hostile_header_is_read_like_any_other(desk, content_type):
+    post = json.loads((HERE / "webhooks/mailjet/message.json").read_text())
+    post["Parts"].append({"Headers": {"Content-Type": content_type}, "ContentRef": "Attachment9"})
+    post["Attachment9"] = "eA=="
+    answer = posted_in_time(desk, json.dumps(post), "application/json").json
+    assert answer["status"] == "created"
+    assert desk.sql("SELECT content_type, content FROM attachment ORDER BY id DESC LIMIT 1") == [
+        ("application/pdf", b"x")]

@@ -3,6 +3,7 @@
 The mail world is an SMTP server that every desk sends to. It posts what it takes to the desk that
 owns the address, as an MTA's pipe would, or gives it to a correspondent who answers by rule. The
 correspondents answer every mail, also where the real ones hold back after the first.
+What needs no second party, bounces of our mail and the caps, is posted to a desk in this process.
 
 `python tests/test_loops.py` prints what two desks say to each other.
 """
@@ -30,7 +31,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))   # as a script, pytest's pythonpath is unset
 
 import inbound  # noqa: E402
-from conftest import SECRET, URL, Served, Sink, eventually  # noqa: E402
+from conftest import NOON, SECRET, URL, Served, Sink, eventually  # noqa: E402
+from doors import DOORS, deliver  # noqa: E402
 
 ONE, TWO, THEM = "support@one.example", "support@two.example", "office@them.example"
 MARKS = ("Auto-Submitted", "X-Auto-Response-Suppress", "Precedence", "Return-Path")
@@ -237,7 +239,7 @@ def test_they_do_so_where_the_relays_refuse_the_null_sender(make_world, serve):
 
 
 @pytest.mark.parametrize("mark, kind", [
-    ("Return-Path", "bounce"), ("Auto-Submitted", "auto-reply"), ("Precedence", "bulk"),
+    ("Return-Path", "human"), ("Auto-Submitted", "auto-reply"), ("Precedence", "bulk"),
     ("X-Auto-Response-Suppress", "human")])
 def test_one_mark_of_our_confirmation_is_enough_where_the_others_are_lost(
         make_world, serve, mark, kind):
@@ -323,8 +325,15 @@ def exchange(mail):
 
 
 def exchange_rule(mail):
-    """A rule with a template: its own subject, and no id that threads."""
+    """A rule with a template: its own subject, and only Exchange's own id threads."""
     return exchange(mail)[0], "Our office is closed", exchange(mail)[2]
+
+
+def rule_of_old(mail):
+    """The same of an Exchange that writes no id at all."""
+    headers = exchange(mail)[2]
+    del headers["x-ms-exchange-parent-message-id"]
+    return "", "Our office is closed", headers
 
 
 def gmail(mail):
@@ -356,7 +365,8 @@ def plays(machine):
 MACHINES = [
     (freescout, "human", "not due"),                # no mark at all, but it threads
     (exchange, "auto-reply", "not due"),            # threads by the tag that its subject repeats
-    (exchange_rule, "auto-reply", "withheld"),      # opens a ticket in Automatic, unanswered
+    (exchange_rule, "auto-reply", "not due"),       # threads by Exchange's own header
+    (rule_of_old, "auto-reply", "withheld"),        # opens a ticket in Automatic, unanswered
     (gmail, "auto-reply", "not due"),
     (naive, "human", "not due")]
 
@@ -440,9 +450,13 @@ def test_our_own_mail_that_a_list_sends_back_is_known_by_its_id(one):
     world.people[THEM] = redistribute(is_munged=False)
     world.send(THEM, ONE, letter(THEM, ONE, "Printer on fire"))
     world.settle()
-    assert [(to, answer.get("status"), answer.get("reason")) for _, to, _, answer
-            in world.deliveries][1:] == [(THEM, None, None), (ONE, "duplicate", "sent by us")]
-    assert one.execute("SELECT direction FROM message ORDER BY id") == [("in",), ("out",)]
+    reference = world.deliveries[0].answer["ticket"]
+    # SPEC 3.2: with the list's footer it is another message, and so it is kept, on that ticket.
+    assert [(to, answer.get("status"), answer.get("ticket"), answer.get("confirmation"))
+            for _, to, _, answer in world.deliveries][1:] == [
+                (THEM, None, None, None), (ONE, "appended", reference, "not due")]
+    assert one.execute("SELECT direction, notes <> '[]' FROM message ORDER BY id") == [
+        ("in", 0), ("out", 0), ("in", 1)]
 
 
 REPORT = """From: Mail Delivery System <MAILER-DAEMON@them.example>
@@ -520,6 +534,331 @@ def test_a_confirmation_with_an_envelope_sender_that_bounced_has_failed_and_that
         ("MAILER-DAEMON@them.example", ONE, "bounce", "not due")]
     assert states(one) == [("confirmation", "failed", "bounced: 5.1.1")]
     assert all_is_kept(world)
+
+
+# What a bounce of our confirmation looks like ----------------------------------------------------
+
+DAEMON = "Mail Delivery System <MAILER-DAEMON@mx.customer.example>"
+NOTICE = "Undelivered Mail Returned to Sender"
+
+
+def notice(text, sender=DAEMON, subject=NOTICE, headers=(), path="<>"):
+    """A bounce of plain text; {id} and {headers} in it are those of our mail."""
+    top = {"Return-Path": path, "Received": "by mx.helpdesk.example", "From": sender,
+           "To": "support@helpdesk.example", "Subject": subject, **dict(headers)}
+    lines = [f"{name}: {value}" for name, value in top.items() if value is not None]
+    return "\n".join([*lines, "Message-ID: <report@mx.customer.example>", "", text])
+
+
+def report(action, status, subject=NOTICE, kind="multipart/report; report-type=delivery-status",
+           text="About ada@customer.example.", **more):
+    """A delivery report; status None leaves the field out."""
+    lines = [f"Action: {action}"] + ([f"Status: {status}"] if status else [])
+    fields = "\n".join(lines)
+    body = f"""--dsn
+Content-Type: text/plain; charset=us-ascii
+
+{text}
+--dsn
+Content-Type: message/delivery-status
+
+Reporting-MTA: dns; mx.customer.example
+
+Final-Recipient: rfc822; ada@customer.example
+{fields}
+--dsn
+Content-Type: text/rfc822-headers
+
+{{headers}}
+--dsn--
+"""
+    mime = {"MIME-Version": "1.0", "Content-Type": f'{kind}; boundary="dsn"'}
+    return notice(body, subject=subject, headers=mime, **more)
+
+
+def returned(text, sender, subject):
+    """A bounce without any status: a text, and our mail behind it as message/rfc822."""
+    body = f"""--up
+Content-Type: text/plain
+
+{text}
+--up
+Content-Type: message/rfc822
+
+{{headers}}
+
+Hello,
+--up--
+"""
+    mime = {"MIME-Version": "1.0", "Content-Type": 'multipart/mixed; boundary="up"'}
+    return notice(body, sender, subject, mime)
+
+
+# name: bounce. After which our confirmation has failed.
+FINAL = {
+    "Postfix": report("failed", "5.1.1"),
+    "a report that expired": report("failed", "4.4.7"),
+    "a report without Status": report("failed", None),
+    "a report in upper case": report("FAILED", "5.2.2"),
+    "a report without report-type": report("failed", "5.1.1", kind="multipart/report"),
+    "a report whose text speaks of a delay": report(
+        "failed", "5.4.7", text="Delivery was delayed for five days, and now it has failed."),
+    "Exim": notice("""This message was created automatically by mail delivery software.
+
+A message that you sent could not be delivered to one or more of its recipients.
+The following address(es) failed:
+
+  ada@customer.example
+    Unrouteable address
+
+------ This is a copy of the message's headers. ------
+
+{headers}
+""", "Mail Delivery System <Mailer-Daemon@exim.customer.example>",
+                   "Mail delivery failed: returning message to sender",
+                   {"X-Failed-Recipients": "ada@customer.example",
+                    "Auto-Submitted": "auto-replied"}),
+    "qmail": notice("""Hi. This is the program at qmail.customer.example.
+I wasn't able to deliver your message to the following addresses.
+
+<ada@customer.example>:
+Sorry, no mailbox here by that name. (#5.1.1)
+
+--- Below this line is a copy of the message.
+
+{headers}
+
+Hello,
+""", "MAILER-DAEMON@qmail.customer.example", "failure notice"),
+    "qmail, at the end of its queue": notice("""Hi. This is the program at qmail.customer.example.
+I wasn't able to deliver your message to the following addresses.
+
+<ada@customer.example>:
+CNAME lookup failed. (#4.4.3)
+I'm not going to try again; this message has been in the queue too long.
+
+--- Below this line is a copy of the message.
+
+{headers}
+""", "MAILER-DAEMON@qmail.customer.example", "failure notice"),
+    "Exchange 2003": returned("""Your message did not reach some or all of its recipients.
+
+      Subject:  We received your message
+
+The following recipient(s) could not be reached:
+
+      ada@customer.example
+            The e-mail account does not exist at this organization.
+            <mx.customer.example #5.1.1>
+""", "System Administrator <postmaster@customer.example>", "Undeliverable: We got your message"),
+    "Gmail of old": notice("""Delivery to the following recipient failed permanently:
+
+     ada@customer.example
+
+Technical details of permanent failure:
+DNS Error: Domain name not found
+
+----- Original message -----
+
+{headers}
+
+Hello,
+""", "Mail Delivery Subsystem <mailer-daemon@bigmail.example>",
+                           "Delivery Status Notification (Failure)",
+                           {"X-Failed-Recipients": "ada@customer.example"}),
+    "Google Groups": notice("""Hello support@helpdesk.example,
+
+The group ada may not exist, or you may not have permission to post to it.
+""", "Mail Delivery Subsystem <mailer-daemon@groups.example>",
+                            "Delivery Status Notification (Failure)",
+                            {"In-Reply-To": "{id}", "References": "{id}"}),
+    "Notes": returned("""Your message
+
+  Subject: We received your message
+
+was not delivered to:
+
+  ada@customer.example
+
+because:
+
+  User ada (ada@customer.example) not listed in the directory
+""", "Postmaster <postmaster@notes.customer.example>",
+                      "DELIVERY FAILURE: User ada (ada@customer.example) not listed"),
+    "Zoho": notice("""This message was created automatically by mail delivery software.
+A message that you sent could not be delivered to one or more of its recipients.
+
+ada@customer.example Invalid Address, ERROR_CODE :550, ERROR_CODE :Relaying denied
+
+Received:from mx.helpdesk.example; Mon, 21 Sep 2026 16:13:21 +0200
+Message-ID:{id}
+Subject:We received your message
+""", "mailer-daemon@mail.zoho.example", "Undelivered Mail Returned to Sender"),
+    "1&1": notice("""This message was created automatically by mail delivery software.
+
+A message that you sent could not be delivered to one or more of
+its recipients. The following addresses failed:
+
+<ada@customer.example>:
+unknown user.
+
+--- The header of the original message is following. ---
+
+{headers}
+""", "Mail Delivery System <mailer-daemon@kundenserver.example>",
+                  "Mail delivery failed: returning message to sender"),
+    "one that quotes our mail": notice("""We do not know ada@customer.example.
+
+> From: Support <support@helpdesk.example>
+> Message-ID: {id}
+> Subject: We received your message
+"""),
+    "one that only answers it": notice("No such mailbox.", headers={"In-Reply-To": "{id}"}),
+    "one that says 4.x.x and gave up": notice(
+        "ada@customer.example: 452 4.2.2 over quota. We have given up.\n\nMessage-ID: {id}\n"),
+    "one that names both kinds of code": notice(
+        "Delayed at first: 421 4.4.1 no answer. Then: 550 5.1.1 unknown.\n\nMessage-ID: {id}\n"),
+}
+
+# name: bounce. After which our confirmation is what it was: it may still arrive, or it has.
+NOT_FINAL = {
+    "a delay": report("delayed", "4.4.1", "Delayed Mail (still being retried)"),
+    "a delay with a final code": report("delayed", "5.4.1", "Delayed Mail (still being retried)"),
+    "a delay under a subject of failure": report("delayed", "4.4.1"),
+    "a delay, in odd case": report("Delayed (will be retried)", "4.2.2"),
+    "a delivery": report("delivered", "2.0.0", "Successful Mail Delivery Report"),
+    "a relay": report("relayed", "2.1.9", "Successful Mail Delivery Report"),
+    "an expansion": report("expanded", "2.0.0", "Successful Mail Delivery Report"),
+    "a warning in the subject": notice(
+        "ada@customer.example: 421 4.4.1 no answer from mx.customer.example\n\nMessage-ID: {id}\n",
+        subject="Warning: message delayed 24 hours"),
+    "a warning in the text": notice(
+        "Delivery is delayed; we will keep trying for 4 days. (#4.4.1)\n\nMessage-ID: {id}\n"),
+    "somebody else's mail": notice(
+        "No such user. 550 5.1.1\n\nMessage-ID: <never.sent@helpdesk.example>\n"),
+}
+
+
+def bounced(desk, sink, door, template):
+    """Send a confirmation, deliver this bounce of it; return the answer, outbox and ticket."""
+    desk.execute("""UPDATE email_account SET smtp_host = '127.0.0.1', smtp_port = ?,
+        smtp_security = 'none'""", sink.port)
+    reference = desk.post(desk.mail())["ticket"]
+    inbound.send_due(desk.store)
+    assert desk.sql("SELECT state FROM outbox") == [("sent",)]
+    ours = email.message_from_bytes(sink.received[0].content)
+    headers = "\n".join(f"{name}: {value}" for name, value in ours.items())
+    raw = template.replace("{headers}", headers).replace("{id}", ours["Message-ID"])
+    answer = deliver(desk, raw.encode(), door)
+    return answer, desk.sql("SELECT state, last_error FROM outbox"), reference
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("name", FINAL)
+def test_a_final_bounce_marks_our_confirmation_failed(desk, sink, door, name):
+    answer, [(state, error)], reference = bounced(desk, sink, door, FINAL[name])
+    assert (answer["kind"], answer["confirmation"]) == ("bounce", "not due"), answer["reason"]
+    assert (answer["status"], answer["ticket"]) == ("appended", reference)
+    assert state == "failed" and "bounce" in error
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("name", NOT_FINAL)
+def test_a_bounce_that_is_not_final_or_not_ours_marks_nothing(desk, sink, door, name):
+    answer, outbox, reference = bounced(desk, sink, door, NOT_FINAL[name])
+    assert answer["kind"] == "bounce"
+    assert (answer["ticket"] == reference) == (name != "somebody else's mail")
+    assert outbox == [("sent", "")]
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("headers", [{"Auto-Submitted": "auto-replied"}, {}])
+def test_what_is_no_bounce_fails_nothing_whatever_it_quotes(desk, sink, door, headers):
+    text = "I am away. Error 550 5.1.1 unknown user.\n\nMessage-ID: {id}\n"
+    vacation = notice(text, "Ada <ada@customer.example>", "About your message",
+                      headers | {"In-Reply-To": "{id}"}, path="<ada@customer.example>")
+    answer, outbox, reference = bounced(desk, sink, door, vacation)
+    assert (answer["status"], answer["ticket"]) == ("appended", reference)
+    assert answer["kind"] == ("auto-reply" if headers else "human")
+    assert outbox == [("sent", "")]
+
+
+# Caps ---------------------------------------------------------------------------------------------
+
+def fates(desk, addresses):
+    """Post one first mail from each address; return (confirmation, reason) of each."""
+    found = []
+    for address in addresses:
+        mail = desk.mail(**{"from": address, "message_id": f"<{next(NUMBERS)}@caps.example>"})
+        answer = desk.post(mail)
+        assert (answer["status"], answer["kind"]) == ("created", "human")
+        found.append((answer["confirmation"], answer["reason"]))
+    return found
+
+
+def confirmations(desk, addresses):
+    return [confirmation for confirmation, _ in fates(desk, addresses)]
+
+
+# Spellings of one mailbox, as its provider counts.
+ONE_MAILBOX = [
+    ["ada.lovelace@gmail.com", "adalovelace@gmail.com", "a.d.a.lovelace@gmail.com"],
+    ["adalovelace@gmail.com", "adalovelace@googlemail.com", "ada.lovelace@googlemail.com"],
+    ["adalovelace+x@gmail.com", "AdaLovelace@GMail.com", "ada.lovelace+y@GoogleMail.com"],
+    ["ada@customer.example", "ada+x@customer.example", "ADA+y+z@Customer.Example"],
+    ["ada@outlook.com", "ada+x@outlook.com", "Ada+y@Outlook.com"],
+]
+
+
+@pytest.mark.parametrize("spellings", ONE_MAILBOX)
+def test_a_mailbox_is_counted_as_its_provider_counts_it(desk, spellings):
+    assert confirmations(desk, spellings) == ["queued"] * 3
+    for again in spellings:
+        [(confirmation, reason)] = fates(desk, [again])
+        assert confirmation == "withheld" and "confirmations_per_address_hour" in reason
+
+
+def test_a_dot_makes_another_mailbox_where_the_provider_says_so(desk):
+    names = ["ada.lovelace", "adalovelace", "a.dalovelace", "adal.ovelace"]
+    assert confirmations(desk, [f"{name}@customer.example" for name in names]) == ["queued"] * 4
+
+
+def test_one_domain_gets_thirty_confirmations_an_hour(desk):
+    crowd = [f"customer{number}@{name}" for number, name in
+             enumerate(["crowd.example", "Crowd.Example"] * 15)]
+    assert confirmations(desk, crowd) == ["queued"] * 30
+    [(confirmation, reason)] = fates(desk, ["another@crowd.example"])
+    assert confirmation == "withheld" and "confirmations_per_domain_hour" in reason
+    assert confirmations(desk, ["ada@customer.example"]) == ["queued"]
+    desk.clock.advance(3601)
+    assert confirmations(desk, ["another@crowd.example"]) == ["queued"]
+
+
+@pytest.mark.parametrize("domain", ["gmail.com", "googlemail.com", "outlook.com", "hotmail.com",
+                                    "yahoo.com", "icloud.com", "gmx.de", "GMail.com"])
+def test_a_large_provider_s_domain_has_no_cap_of_its_own(desk, domain):
+    desk.execute("UPDATE email_account SET confirmations_per_domain_hour = 2")
+    crowd = [f"customer{number}@{domain}" for number in range(5)]
+    assert confirmations(desk, crowd) == ["queued"] * 5
+    assert confirmations(desk, [f"{name}@customer.example" for name in "abc"]) == [
+        "queued", "queued", "withheld"]
+
+
+def test_the_domain_s_cap_is_a_column_in_force_for_the_next_mail(desk):
+    assert desk.sql("SELECT confirmations_per_domain_hour FROM email_account") == [(30,)]
+    desk.execute("UPDATE email_account SET confirmations_per_domain_hour = 0")
+    assert confirmations(desk, ["ada@customer.example"]) == ["withheld"]
+
+
+@pytest.mark.parametrize("cap", ["confirmations_per_address_hour", "confirmations_per_address_day",
+                                 "confirmations_per_domain_hour", "confirmations_per_hour"])
+def test_a_clock_that_was_in_the_future_silences_nobody(desk, cap):
+    desk.execute(f"UPDATE email_account SET {cap} = 1")
+    ada = ["ada@customer.example"]
+    desk.clock.advance(10 * 365 * 86400)
+    assert confirmations(desk, ada * 2) == ["queued", "withheld"]
+    desk.clock.now = NOON
+    assert confirmations(desk, ada * 2) == ["queued", "withheld"]
 
 
 # A flood ------------------------------------------------------------------------------------------

@@ -1,84 +1,151 @@
-"""From what was posted to what is kept: SPEC 3.1. Parsers by one-line check tables."""
+"""From what was posted to what is kept: SPEC 3.1. Parsers by one-line check tables.
+
+The tables go through the door, most of them through both, and look at what `show` prints.
+"""
 
 import base64
-import contextlib
 import json
 import time
 
 import inbound
 import pytest
-from conftest import SECRET
+from conftest import HERE, SECRET, Clock, Desk
+from doors import DOORS, deliver
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 ADA = "ada@customer.example"
 LONG = "x" * 10_000
 
+
+def shown(desk, mail, door="json"):
+    """Deliver a first mail; return its message as `show` prints it."""
+    answer = deliver(desk, mail, door)
+    assert answer["status"] == "created", answer
+    messages = desk.show(answer["ticket"])["messages"]
+    return next(message for message in messages if message["direction"] == "in")
+
+
+def shown_by_both(desk, mail):
+    """The same through each door, where they have to agree in what a sender wrote."""
+    found = []
+    for door in DOORS:
+        desk.forget_all()
+        found.append(shown(desk, mail, door))
+    names = ("message_id", "in_reply_to", "references", "from", "from_name", "to", "cc", "subject",
+             "text")
+    for name in names:
+        assert found[0][name] == found[1][name], name
+    return found[0]
+
+
+def raw(*headers, body=b"It burns.\n", kind=b"text/plain; charset=utf-8"):
+    """A raw mail of these header lines, bytes, on top of the usual ones."""
+    lines = [b"Received: by mx.helpdesk.example", b"From: ada@customer.example",
+             b"Message-ID: <raw@customer.example>", *headers, b"MIME-Version: 1.0"]
+    lines += [b"Content-Type: " + kind] if kind else []
+    return b"\r\n".join([*lines, b"", body])
+
+
 # Addresses ----------------------------------------------------------------------------------------
 
-# (header, [(name, address)])
-MAILBOXES = [
-    ("ada@x.example", [("", "ada@x.example")]),
-    ("<ada@x.example>", [("", "ada@x.example")]),
-    ("  <ada@x.example>\r\n", [("", "ada@x.example")]),
-    ("Ada <ada@x.example>", [("Ada", "ada@x.example")]),
-    ("Ada Lovelace<ada@x.example>", [("Ada Lovelace", "ada@x.example")]),
-    ('"Ada" <ada@x.example>', [("Ada", "ada@x.example")]),
-    ('"Lovelace, Ada" <ada@x.example>', [("Lovelace, Ada", "ada@x.example")]),
-    ("Lovelace, Ada <ada@x.example>", [("Lovelace, Ada", "ada@x.example")]),
-    (r'"Ada \"the\" L" <ada@x.example>', [('Ada "the" L', "ada@x.example")]),
-    ('"ada@y.example" <ada@x.example>', [("ada@y.example", "ada@x.example")]),
-    ("ada@y.example <ada@x.example>", [("ada@y.example", "ada@x.example")]),
-    ("ada@x.example (Ada)", [("Ada", "ada@x.example")]),
-    ("=?utf-8?q?Zo=C3=AB?= <zoe@x.example>", [("Zoë", "zoe@x.example")]),
-    ('"=?utf-8?q?Zo=C3=AB?=" <zoe@x.example>', [("Zoë", "zoe@x.example")]),
-    ("=?utf-8?q?eve=40y=2Eexample=2C?= <a@x.example>", [("eve@y.example,", "a@x.example")]),
-    ("=?utf-8?q?a=0D=0Ab?= <a@x.example>", [("a b", "a@x.example")]),
-    ("Ada\x1b[31m <ada@x.example>", [("Ada [31m", "ada@x.example")]),
-    ("Zoë Müller <zoë@müller.example>", [("Zoë Müller", "zoë@müller.example")]),
-    ("o'neill+tag@x.example", [("", "o'neill+tag@x.example")]),
-    ('"ada lovelace"@x.example', [("", '"ada lovelace"@x.example')]),
-    ("ada@[192.0.2.1]", [("", "ada@[192.0.2.1]")]),
-    ("MAILER-DAEMON", [("", "MAILER-DAEMON")]),
-    ("Mail System <MAILER-DAEMON>", [("Mail System", "MAILER-DAEMON")]),
-    ("a@x.example, b@x.example", [("", "a@x.example"), ("", "b@x.example")]),
-    ("A <a@x.example>, B <b@x.example>", [("A", "a@x.example"), ("B", "b@x.example")]),
-    ("all: a@x.example, b@x.example;", [("", "a@x.example"), ("", "b@x.example")]),
-    ("undisclosed-recipients:;", []),
-    ("", []),
-    (" ", []),
-    ("<>", []),
-    ("Ada", []),
-    ("Ada <>", []),
-    ("Ada <Ada>", []),
-    ("@x.example", []),
-    ("ada@", []),
-    ("a@b@c.example", []),
-    ("a b@x.example", []),
-    ("<a b@x.example>", []),
-    ("(" * 5000, []),
-    ("x" * 998 + " <ada@x.example>", []),  # past the limit: not looked at
+# (From, name, address)
+SENDERS = [
+    ("ada@x.example", "", "ada@x.example"),
+    ("<ada@x.example>", "", "ada@x.example"),
+    ("  <ada@x.example>  ", "", "ada@x.example"),
+    ("Ada <ada@x.example>", "Ada", "ada@x.example"),
+    ("Ada Lovelace<ada@x.example>", "Ada Lovelace", "ada@x.example"),
+    ('"Ada" <ada@x.example>', "Ada", "ada@x.example"),
+    ('"Lovelace, Ada" <ada@x.example>', "Lovelace, Ada", "ada@x.example"),
+    ("Lovelace, Ada <ada@x.example>", "Lovelace, Ada", "ada@x.example"),
+    (r'"Ada \"the\" L" <ada@x.example>', 'Ada "the" L', "ada@x.example"),
+    ('"ada@y.example" <ada@x.example>', "ada@y.example", "ada@x.example"),
+    ("ada@y.example <ada@x.example>", "ada@y.example", "ada@x.example"),
+    ("ada@x.example (Ada)", "Ada", "ada@x.example"),
+    ("=?utf-8?q?Zo=C3=AB?= <zoe@x.example>", "Zoë", "zoe@x.example"),
+    ('"=?utf-8?q?Zo=C3=AB?=" <zoe@x.example>', "Zoë", "zoe@x.example"),
+    ("=?utf-8?q?eve=40y=2Eexample=2C?= <a@x.example>", "eve@y.example,", "a@x.example"),
+    ("=?utf-8?q?a=0D=0Ab?= <a@x.example>", "a b", "a@x.example"),
+    ("Ada\x1b[31m <ada@x.example>", "Ada [31m", "ada@x.example"),
+    ("Zoë Müller <zoë@müller.example>", "Zoë Müller", "zoë@müller.example"),
+    ("o'neill+tag@x.example", "", "o'neill+tag@x.example"),
+    ('"ada lovelace"@x.example', "", '"ada lovelace"@x.example'),
+    ("ada@[192.0.2.1]", "", "ada@[192.0.2.1]"),
 ]
 
 
-@pytest.mark.parametrize("header, expected", MAILBOXES)
-def test_mailboxes_are_read_as_people_mean_them(header, expected):
-    assert inbound.mailboxes_of(header) == expected
+@pytest.mark.parametrize("header, name, address", SENDERS)
+def test_a_sender_is_read_as_people_mean_it(bare, header, name, address):
+    found = shown_by_both(bare, bare.mail(**{"from": header}))
+    assert (found["from_name"], found["from"]) == (name, address)
+
+
+# (From, address): no brackets around it, but only one thing in it can be the address.
+LONE = [
+    ("Big Bug bb@bug.example", "bb@bug.example"),
+    ('"Big Bug" bb@bug.example', "bb@bug.example"),
+    ('"Bug, Big" bb@bug.example', "bb@bug.example"),
+    ("bb@bug.example Big Bug", "bb@bug.example"),
+    ("Big Bug [bb@bug.example]", "bb@bug.example"),
+    ("Big Bug <bb@bug.example", "bb@bug.example"),
+    ("=?utf-8?q?Gro=C3=9F?= bb@bug.example", "bb@bug.example"),
+]
+
+
+@pytest.mark.parametrize("header, address", LONE)
+def test_the_one_address_in_a_broken_from_is_the_address(bare, header, address):
+    for door in DOORS:
+        bare.forget_all()
+        assert shown(bare, bare.mail(**{"from": header}), door)["from"] == address
+
+
+# (To, addresses)
+RECIPIENTS = [
+    ("a@x.example, b@x.example", ["a@x.example", "b@x.example"]),
+    ("A <a@x.example>, B <b@x.example>", ["a@x.example", "b@x.example"]),
+    ('"A, B" <a@x.example>, b@x.example', ["a@x.example", "b@x.example"]),
+    ("all: a@x.example, b@x.example;", ["a@x.example", "b@x.example"]),
+    ("undisclosed-recipients:;", []),
+    ("", []),
+]
+
+
+@pytest.mark.parametrize("header, addresses", RECIPIENTS)
+def test_several_recipients_are_told_apart(bare, header, addresses):
+    found = shown_by_both(bare, bare.mail(to=header, cc=header))
+    assert (found["to"], found["cc"]) == (addresses, addresses)
+
+
+NOBODY = ["", " ", "<>", "Ada", "Ada <>", "Ada <Ada>", "@x.example", "ada@", "undisclosed:;",
+          "(" * 5000]
+
+
+@pytest.mark.parametrize("header", NOBODY)
+def test_a_from_that_names_nobody_is_a_fault_of_json_and_none_of_a_mail(bare, header):
+    body = bare.post(bare.mail(**{"from": header}), status=422)
+    assert "from" in body["fields"] and bare.count("ticket") == 0
+    found = shown(bare, bare.mail(**{"from": header}), "raw")
+    assert any("from" in note.lower() for note in found["notes"])
+    assert (found["kind"], found["confirmation"]) == ("human", "withheld")
 
 
 # Python versions differ in what they make of these; none may be taken for one address.
-AMBIGUOUS = ["alice@x.example)eve@y.example", "eve@y.example, <ada@x.example>",
+AMBIGUOUS = ["alice@x.example)eve@y.example", "eve@y.example, <ada@x.example>", "a@b@c.example",
              "a@x.example\r\nBcc: eve@y.example", "<a@x.example> <eve@y.example>",
              "a@x.example>,<eve@y.example", "a@x.example;eve@y.example",
              "<ada@x.example\r\nRCPT TO:<eve@y.example>>"]
 
 
 @pytest.mark.parametrize("header", AMBIGUOUS)
-def test_what_may_be_two_addresses_is_never_taken_for_one(desk, header):
-    assert len(inbound.mailboxes_of(header)) != 1
-    answer = desk.request(desk.mail(**{"from": header}))
+def test_what_may_be_two_addresses_is_never_taken_for_one(bare, header):
+    answer = bare.request(bare.mail(**{"from": header}))
     assert answer.status_int == 422 or answer.json["confirmation"] == "withheld"
-    assert desk.count("outbox") == 0
+    assert bare.count("outbox") == 0
+    bare.forget_all()
+    folded = header.replace("\r\n", "\r\n ")
+    assert deliver(bare, bare.mail(**{"from": folded}), "raw")["confirmation"] == "withheld"
+    assert bare.count("outbox") == 0
 
 
 # Message-ids --------------------------------------------------------------------------------------
@@ -117,15 +184,24 @@ IDS = [
     (["", "<a@b>"], ["<a@b>"]),
     ([], []),
     (None, []),
-    (17, []),
-    ("<a\0@b>", ["<a@b>"]),
-    ("<a\ud800@b>", ["<a@b>"]),
 ]
 
 
 @pytest.mark.parametrize("value, expected", IDS)
-def test_message_ids_are_found_however_they_are_written(value, expected):
-    assert inbound.ids_of(value) == expected
+def test_message_ids_are_found_however_they_are_written(bare, value, expected):
+    found = shown(bare, bare.mail(references=value, in_reply_to=value))
+    assert found["references"] == expected
+    assert (found["in_reply_to"] or "").split() == expected
+    bare.forget_all()
+    if isinstance(value, str):
+        written = value.strip()
+        found = shown(bare, bare.mail(references=written, in_reply_to=written), "raw")
+        assert found["references"] == expected
+
+
+@pytest.mark.parametrize("value", ["<a\0@b>", "<a\ud800@b>"])
+def test_what_no_database_takes_is_taken_out_of_an_id(bare, value):
+    assert shown(bare, bare.mail(references=value))["references"] == ["<a@b>"]
 
 
 # (Message-ID, what it is)
@@ -145,22 +221,31 @@ MESSAGE_ID = [
     ("<A@B>", "<A@B>"),
     ("<ä@b>", "<ä@b>"),
     (f"<{LONG}@b>", f"<{LONG}@b>"),
-    ("", ""),
-    (" ", ""),
-    ("<>", ""),
-    ("< >", ""),
-    ('""', ""),
+    # None at all: what is kept is made of the content.
+    ("", None),
+    (" ", None),
+    ("<>", None),
+    ("< >", None),
+    ('""', None),
 ]
 
 
 @pytest.mark.parametrize("value, expected", MESSAGE_ID)
-def test_a_message_id_keeps_its_brackets_and_loses_what_is_around_them(value, expected):
-    assert inbound.message_id_of(value) == expected
+def test_a_message_id_keeps_its_brackets_and_loses_what_is_around_them(bare, value, expected):
+    found = shown(bare, bare.mail(message_id=value.strip()), "raw")["message_id"]
+    if expected is None:
+        assert found.endswith("@missing.invalid>")
+        assert "message_id" in bare.post(bare.mail(message_id=value), status=422)["fields"]
+        return
+    bare.forget_all()
+    assert found == shown(bare, bare.mail(message_id=value))["message_id"] == expected
 
 
-@pytest.mark.parametrize("value, expected", [row for row in MESSAGE_ID if "@" in row[1]])
-def test_a_reply_names_a_message_as_the_message_names_itself(value, expected):
-    assert inbound.ids_of(value)[0] == expected
+@pytest.mark.parametrize("value, expected", [row for row in MESSAGE_ID if "@" in (row[1] or "")])
+def test_a_reply_names_a_message_as_the_message_names_itself(bare, value, expected):
+    reference = bare.post(bare.mail(message_id=value))["ticket"]
+    answer = bare.post(bare.mail(message_id="<reply@x>", in_reply_to=value, subject="x"))
+    assert (answer["status"], answer["ticket"]) == ("appended", reference)
 
 
 # Text ---------------------------------------------------------------------------------------------
@@ -198,7 +283,13 @@ HTML = [
     ("<a name=x>here</a>", "here"),
     ('<abbr href="https://x.example/">x</abbr>', "x"),
     ("<ul><li>one</li><li>two</li></ul>", "one\n\ntwo"),
-    ('<img src="cid:1" alt="logo">x', "x"),
+    ('<img src="cid:1" alt="Logo"> x', "Logo x"),
+    ("<img src='cid:1' alt='Rock &amp; Roll'> x", "Rock & Roll x"),
+    ("<img alt=Logo src=cid:1> x", "Logo x"),
+    ('<img src="cid:1" alt=""> x', "x"),
+    ('<img src="cid:1"> x', "x"),
+    ('<img src="cid:1" data-alt="no"> x', "x"),
+    ('<a href="https://x.example/"><img src=a alt="Home"></a>', "Home (https://x.example/)"),
     ("1 < 2", "1 < 2"),
     ("1 < 2 and 3 > 2", "1 < 2 and 3 > 2"),
     ("a <- b", "a <- b"),
@@ -213,12 +304,46 @@ def test_html_becomes_text(markup, expected):
     assert inbound.html_to_text(markup) == expected
 
 
+# (HTML, its lines that are not empty): what stands apart on the screen stands apart in the text.
+APART = [
+    ("<table><tr><td>Name</td><td>Ana</td></tr></table>", ["Name Ana"]),
+    ("<table><tr><th>Name</th><td>Ana</td></tr><tr><th>Room</th><td>214</td></tr></table>",
+     ["Name Ana", "Room 214"]),
+    ("<table><tr><td>Name</td>\n<td>Ana</td></tr></table>", ["Name Ana"]),
+    ("<table><tbody><tr><td><b>Name</b></td><td><i>Ana</i></td></tr></tbody></table>",
+     ["Name Ana"]),
+    ("<TABLE><TR><TD>Name<TD>Ana<TR><TD>Room<TD>214</TABLE>", ["Name Ana", "Room 214"]),
+    ("<table><tr><td>a</td><td></td><td>c</td></tr></table>", ["a c"]),
+    ("<dl><dt>Name</dt><dd>Ana</dd><dt>Room</dt><dd>214</dd></dl>", ["Name", "Ana", "Room", "214"]),
+    ("<section>one</section><section>two</section>", ["one", "two"]),
+    ("<article>one</article><article>two</article>", ["one", "two"]),
+    ("<header>one</header><main>two</main><footer>three</footer>", ["one", "two", "three"]),
+    ("<nav>one</nav><aside>two</aside>", ["one", "two"]),
+    ("<address>one</address>two", ["one", "two"]),
+    ("<figure><img alt=Fire><figcaption>It burns</figcaption></figure>", ["Fire", "It burns"]),
+    ("one<pre>two\nthree</pre>four", ["one", "two", "three", "four"]),
+    ("<pre>a\n  b   c\n\td</pre>", ["a", "  b   c", "\td"]),
+    ("<pre>if (a &lt; b) {\n    return <b>0</b>;\n}</pre>", ["if (a < b) {", "    return 0;", "}"]),
+    ("<p>a\n  b</p><pre>a\n  b</pre><p>a\n  b</p>", ["a b", "a", "  b", "a b"]),
+    ("<PRE class=x>a\n b</PRE>", ["a", " b"]),
+    ("<pre>one\r\n  two</pre>", ["one", "  two"]),
+    ("<pre>never closed\n  x", ["never closed", "  x"]),
+]
+
+
+@pytest.mark.parametrize("markup, expected", APART)
+def test_what_html_sets_apart_stays_apart(markup, expected):
+    lines = inbound.html_to_text(markup).splitlines()
+    assert [line for line in lines if line.strip()] == expected
+
+
 @pytest.mark.parametrize("piece", ["<!--", "<", "<a href=", "<![", "<![<![", "</", "<script>", "&",
-                                   "<!-- -->", "<a href='", "\n", "<a href=b></a>", "<br"])
+                                   "<!-- -->", "<a href='", "\n", "<a href=b></a>", "<br", "<pre>",
+                                   "<pre", "<td>", "<img alt=a>", "<img alt='", "</pre>"])
 def test_two_megabytes_of_broken_html_take_less_than_two_seconds(piece):
-    start = time.perf_counter()
+    start = time.process_time()
     inbound.html_to_text(piece * (2_000_000 // len(piece)))
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 # (bytes, charset that is claimed, text)
@@ -226,36 +351,188 @@ DECODE = [
     (b"Gr\xc3\xb6\xc3\x9fe", "utf-8", "Größe"),
     (b"Gr\xc3\xb6\xc3\x9fe", None, "Größe"),
     (b"Gr\xc3\xb6\xc3\x9fe", "UTF-8", "Größe"),
+    (b"Gr\xc3\xb6\xc3\x9fe", "utf8", "Größe"),
     (b"Gr\xc3\xb6\xc3\x9fe", "no-such-charset", "Größe"),
-    (b"Gr\xc3\xb6\xc3\x9fe", "", "Größe"),
+    (b"Gr\xc3\xb6\xc3\x9fe", '""', "Größe"),
     (b"Gr\xf6\xdfe", "iso-8859-1", "Größe"),
+    (b"Gr\xf6\xdfe", "latin1", "Größe"),
     (b"Gr\xf6\xdfe", None, "Größe"),
     (b"Gr\xf6\xdfe", "us-ascii", "Größe"),
     (b"50 \x80", "iso-8859-1", "50 €"),
+    (b"50 \x80", "us-ascii", "50 €"),
     (b"50 \xa4", "iso-8859-15", "50 €"),
+    (b"50 \x80 \xfe", "iso-8859-9", "50 € ş"),
+    (b"Gr\x94\xe1e", "cp-850", "Größe"),
+    (b"Gr\x94\xe1e", "ibm850", "Größe"),
+    (b"\xf0\xd2\xc9\xce\xd4\xc5\xd2", "KOI8-R", "Принтер"),
+    (b"\xcf\xf0\xe8\xed\xf2\xe5\xf0", "windows-1251", "Принтер"),
+    (b"\xcf\xf0\xe8\xed\xf2\xe5\xf0", "cp-1251", "Принтер"),
     (b"\x93\xfa\x96{", "shift_jis", "日本"),
     (b"\x1b$BF|K\\\x1b(B", "iso-2022-jp", "日本"),
+    (b"\xc6\xfc\xcb\xdc", "euc-jp", "日本"),
+    # Each label means the larger set that mail programs send under it (WHATWG Encoding 4.2).
+    (b"\xb4\xf2\xd3\xa1 \xe9F", "gb2312", "打印 镕"),
+    (b"\xb4\xf2\xd3\xa1 \xe9F", "GB_2312-80", "打印 镕"),
+    (b"\xb4\xf2\xd3\xa1 \x819\xee9", "gbk", "打印 㐀"),
+    (b"\xb4\xf2\xd3\xa1 \x819\xee9", "x-gbk", "打印 㐀"),
+    (b"\xc7\xc1\xb8\xb0\xc5\xcd \x8cc", "euc-kr", "프린터 똠"),
+    (b"\xc7\xc1\xb8\xb0\xc5\xcd \x8cc", "ks_c_5601-1987", "프린터 똠"),
+    (b"\x93\xfa\x96{ \x87@", "shift_jis", "日本 ①"),
+    (b"\x93\xfa\x96{ \x87@", "x-sjis", "日本 ①"),
+    (b"\x93\xfa\x96{ \x87@", "windows-31j", "日本 ①"),
+    (b"\xb4\xf2 \x9d\xef", "big5", "湖 嘅"),
+    (b"\xb4\xf2 \x9d\xef", "Big5-HKSCS", "湖 嘅"),
+    # A byte that is broken costs a character; Windows-1252 would make rubbish of all of them.
+    (b"\xb4\xf2\xff\xd3\xa1", "gb2312", "打\ufffd印"),
+    (b"\xc7\xc1\xff ok", "euc-kr", "프\ufffd ok"),
+    (b"\x93\xfa\x96{ \x81 ok", "shift_jis", "日本 \ufffd ok"),
+    (b"\xb4\xf2\xff ok", "big5", "湖\ufffd ok"),
+    (b"\xc6\xfc\xff\xcb\xdc", "euc-jp", "日\ufffd本"),
+    (b"Gr\xc3\xb6\xc3\x9fe \xff ok", "utf-8", "Größe \ufffd ok"),
+    (b"\x1b$BF|K\\\x1b(B \xff ok", "iso-2022-jp", "日本 \ufffd ok"),
+    (b"Gr\xc3\xb6", "iso-2022-jp", "Gr\ufffd\ufffd"),     # seven bits: what has eight is no UTF-8
+    # No charset of text, or a trap for who asks Python.
     (b"+AGE-", "utf-7", "a"),
     (b"plain", "hex", "plain"),
     (b"plain", "zlib", "plain"),
     (b"plain", "rot13", "plain"),
-    (b"plain", "utf-8\0", "plain"),
+    (b"plain", "unicode_escape", "plain"),
     (b"plain", "x" * 10_000, "plain"),
     (b"plain", "undefined", "plain"),
-    (b"", "utf-8", ""),
 ]
 
 
 @pytest.mark.parametrize("content, charset, expected", DECODE)
-def test_bytes_are_decoded_by_their_charset_or_what_fits(content, charset, expected):
-    assert inbound.decode(content, charset) == expected
+def test_bytes_are_decoded_by_their_charset_or_what_fits(bare, content, charset, expected):
+    kind = b"text/plain" + (f"; charset={charset}".encode() if charset else b"")
+    assert shown(bare, raw(kind=kind, body=content), "raw")["text"].strip() == expected
 
 
-@pytest.mark.parametrize("charset", ["punycode", "idna", "utf-7", "unicode_escape", "utf-16"])
-def test_no_charset_makes_decoding_slow(charset):
-    start = time.perf_counter()
-    inbound.decode(b"a-" * 500_000, charset)
-    assert time.perf_counter() - start < 2
+@pytest.mark.parametrize("content, charset, expected", [
+    row for row in DECODE if row[1] and row[1][:1] != '"' and row[1] != "us-ascii"
+    and len(row[1]) < 60])
+def test_an_encoded_word_is_decoded_by_the_same_rule(bare, content, charset, expected):
+    word = f"=?{charset}?B?{base64.b64encode(content).decode()}?="
+    for door in DOORS:
+        bare.forget_all()
+        assert shown(bare, bare.mail(subject=word), door)["subject"] == expected
+
+
+# (header bytes, Content-Type, text): RFC 5322 allows none of these; all arrive.
+UNLABELLED = [
+    (b"Gr\xc3\xb6\xc3\x9fe", b"text/plain; charset=utf-8", "Größe"),
+    (b"Gr\xc3\xb6\xc3\x9fe", b"text/plain; charset=koi8-r", "Größe"),
+    (b"Gr\xf6\xdfe", b"text/plain; charset=iso-8859-1", "Größe"),
+    (b"Gr\xf6\xdfe", b"text/plain; charset=utf-8", "Größe"),
+    (b"Gr\xf6\xdfe", None, "Größe"),
+    (b"\xf0\xd2\xc9\xce\xd4\xc5\xd2", b"text/plain; charset=koi8-r", "Принтер"),
+    (b"\xf0\xd2\xc9\xce\xd4\xc5\xd2", b"text/html; charset=\"KOI8-R\"", "Принтер"),
+    (b"\xcf\xf0\xe8\xed\xf2\xe5\xf0", b"text/plain; charset=windows-1251", "Принтер"),
+    (b"\xb4\xf2\xd3\xa1", b"text/plain; charset=gb2312", "打印"),
+    (b"\x93\xfa\x96{", b"text/plain; charset=shift_jis", "日本"),
+]
+
+
+@pytest.mark.parametrize("content, kind, expected", UNLABELLED)
+def test_bytes_of_a_header_are_utf_8_or_in_the_body_s_charset(bare, content, kind, expected):
+    mail = raw(b"Subject: " + content, kind=kind)
+    mail = mail.replace(b"From: ada", b"From: " + content + b" <ada", 1)
+    mail = mail.replace(b"customer.example\r\n", b"customer.example>\r\n", 1)
+    found = shown(bare, mail, "raw")
+    assert (found["subject"], found["from_name"]) == (expected, expected)
+    assert found["from"] == ADA
+
+
+def test_the_body_s_charset_is_that_of_its_first_text(bare):
+    body = (b"--b\r\nContent-Type: text/plain; charset=koi8-r\r\n\r\n\xf0\xd2\r\n"
+            b"--b\r\nContent-Type: text/html; charset=koi8-r\r\n\r\n<p>\xf0\xd2\r\n--b--\r\n")
+    mail = raw(b"Subject: \xf0\xd2\xc9\xce\xd4\xc5\xd2", body=body,
+               kind=b"multipart/alternative; boundary=b")
+    assert shown(bare, mail, "raw")["subject"] == "Принтер"
+
+
+@pytest.mark.parametrize("charset", [b"punycode", b"idna", b"utf-7", b"unicode_escape", b"utf-16"])
+def test_no_charset_makes_decoding_slow(bare, charset):
+    start = time.process_time()
+    shown(bare, raw(kind=b"text/plain; charset=" + charset, body=b"a-" * 500_000), "raw")
+    assert time.process_time() - start < 2
+
+
+# MIME ---------------------------------------------------------------------------------------------
+
+FILE = (b"Content-Type: image/png; name=a.png\r\nContent-Transfer-Encoding: base64\r\n\r\n"
+        b"iVBORw0K\r\n")
+TWO = b"--b\r\nContent-Type: text/plain\r\n\r\nThe text.\r\n--b\r\n" + FILE + b"--b--\r\n"
+NAMED = (b"--b\r\nContent-Type: text/plain; name=a.txt\r\nContent-Disposition: inline;\r\n"
+         b" filename=a.txt\r\n\r\nIt has a name.\r\n")
+LETTER = b"--b\r\nContent-Type: text/plain\r\n\r\nThe text.\r\n"
+ATTACHED = (b"--b\r\nContent-Type: text/plain\r\nContent-Disposition: attachment;\r\n"
+            b" filename=a.txt\r\n\r\nA file.\r\n")
+
+# (Content-Type, body, text, file names)
+STRUCTURES = [
+    (b"multipart/mixed; boundary=b", TWO, "The text.", ["a.png"]),
+    (b'multipart/mixed;\r\n\tboundary="b"', TWO, "The text.", ["a.png"]),
+    (b'multipart/mixed; boundary=\r\n "b"', TWO, "The text.", ["a.png"]),
+    (b'multipart/mixed; boundary\r\n\t=\r\n\t"b"', TWO, "The text.", ["a.png"]),
+    (b'multipart/mixed\r\n ; boundary="b"', TWO, "The text.", ["a.png"]),
+    (b'\r\n multipart/mixed; boundary="b"', TWO, "The text.", ["a.png"]),
+    (b'multipart/mixed; type="text/plain";\r\n\tBOUNDARY="b"', TWO, "The text.", ["a.png"]),
+    # RFC 5322 2.2.3: unfolding takes the line end away and nothing else.
+    (b'multipart/mixed; boundary="a\r\n b"', TWO.replace(b"--b", b"--a b"), "The text.", ["a.png"]),
+    (b"multipart/mixed; boundary=b", NAMED + b"--b\r\n" + FILE + b"--b--", "It has a name.",
+     ["a.png"]),
+    (b"multipart/mixed; boundary=b", NAMED + LETTER + b"--b--", "The text.", ["a.txt"]),
+    (b"multipart/mixed; boundary=b", LETTER + NAMED + b"--b--", "The text.", ["a.txt"]),
+    (b"multipart/mixed; boundary=b", ATTACHED + b"--b--", "", ["a.txt"]),
+    (b"text/plain; name=a.txt", b"It has a name.", "It has a name.", []),
+]
+
+
+@pytest.mark.parametrize("kind, body, text, names", STRUCTURES)
+@pytest.mark.parametrize("line_end", [b"\r\n", b"\n"])
+def test_a_mail_is_taken_apart_as_it_was_put_together(bare, kind, body, text, names, line_end):
+    mail = raw(kind=kind, body=body).replace(b"\r\n", line_end)
+    found = shown(bare, mail, "raw")
+    assert found["text"].strip() == text
+    assert [item["filename"] for item in found["attachments"]] == names
+
+
+SAME_BY_BOTH = ("message_id", "in_reply_to", "references", "from", "from_name", "envelope_from",
+                "to", "cc", "subject")
+
+
+def test_what_another_reader_makes_of_the_mails_is_what_we_make_of_them(bare):
+    """`doors.canonical_of` reads MIME by itself: where the two differ, one of them is wrong."""
+    differences = {}
+    for file in sorted((HERE / "mail").iterdir()):
+        read = []
+        for door in DOORS:
+            bare.forget_all()
+            found = shown(bare, file.read_bytes(), door)
+            texts = [(found[name] or "").strip().replace("\r\n", "\n") for name in ("text", "html")]
+            # A report's line ends are the boundary's as much as its own.
+            files = [(item["filename"], item["content_type"], item["content_id"],
+                      0 if item["content_type"].startswith("message/") else item["size"])
+                     for item in found["attachments"]]
+            read.append([*(found[name] for name in SAME_BY_BOTH), *texts, files])
+        if read[0] != read[1]:
+            differences[file.name] = [pair for pair in zip(*read) if pair[0] != pair[1]]
+    assert not differences, differences
+
+
+@pytest.mark.parametrize("blank", [b"", b" ", b"\t", b"  \t  "])
+@pytest.mark.parametrize("line_end", [b"\r\n", b"\n"])
+def test_a_line_of_blanks_ends_the_headers_too(bare, blank, line_end):
+    mail = line_end.join([b"From: ada@customer.example", b"Message-ID: <blank@customer.example>",
+                          b"Subject: Printer", blank, b"Subject: no header", b"",
+                          b"It burns.", b""])
+    found = shown(bare, mail, "raw")
+    assert found["subject"] == "Printer"
+    assert found["text"].split() == ["Subject:", "no", "header", "It", "burns."]
+    part = line_end.join([b"--b", b"Content-Type: text/plain", blank, b"The text.", b"--b--", b""])
+    again = raw(kind=b"multipart/mixed; boundary=b", body=part)
+    assert shown(bare, again, "raw")["text"].strip() == "The text."
 
 
 # (header, text)
@@ -278,8 +555,10 @@ WORDS = [
 
 
 @pytest.mark.parametrize("header, expected", WORDS)
-def test_encoded_words_are_decoded_and_broken_ones_stay(header, expected):
-    assert inbound.decode_words(header) == expected
+def test_encoded_words_are_decoded_and_broken_ones_stay(bare, header, expected):
+    for door in DOORS:
+        bare.forget_all()
+        assert shown(bare, bare.mail(subject=header), door)["subject"] == expected
 
 
 # (header, text)
@@ -296,64 +575,58 @@ LINES = [
     ("=?utf-8?q?a=00b?=", "ab"),
     ("=?utf-8?b?7aCA?=x", "x"),
     ("日本", "日本"),
-    ("", ""),
 ]
 
 
 @pytest.mark.parametrize("header, expected", LINES)
-def test_a_header_becomes_one_clean_line(header, expected):
+def test_a_header_becomes_one_clean_line(bare, header, expected):
+    found = shown(bare, bare.mail(subject=header))["subject"]
     if "7aCA" in header:  # a surrogate in UTF-8: whatever it is read as, it can be stored
-        assert inbound.one_line(header).encode().endswith(b"x")
+        assert found.endswith("x")
     else:
-        assert inbound.one_line(header) == expected
+        assert found == expected
 
 
 # Through the door ---------------------------------------------------------------------------------
 
-def stored(desk, **fields):
-    """Post the mail, return its message as `show` prints it."""
-    answer = desk.post(desk.mail(**fields))
-    assert answer["status"] == "created", answer
-    messages = desk.show(answer["ticket"])["messages"]
-    return next(message for message in messages if message["direction"] == "in")
-
-
 def test_a_mail_of_html_alone_gets_a_text_and_keeps_its_html(desk):
     markup = '<p>It <a href="https://x.example/">burns</a>.</p><script>x</script>'
     for fields in ({"text": None}, {"text": ""}, {"text": " \r\n "}):
-        shown = stored(desk, **fields, html=markup, message_id=f"<{len(str(fields))}@x>")
-        assert (shown["text"], shown["html"]) == ("It burns (https://x.example/).", markup)
+        mail = desk.mail(**fields, html=markup, message_id=f"<{len(str(fields))}@x>")
+        found = shown(desk, mail)
+        assert (found["text"], found["html"]) == ("It burns (https://x.example/).", markup)
 
 
 def test_a_text_is_kept_whole_beside_its_html(desk):
     text = "  It burns.\r\n\r\n> quoted\r\n-- \r\nAda\r\n" + "x" * 100_000 + "\n"
-    shown = stored(desk, text=text, html="<p>Other</p>")
-    assert (shown["text"], shown["html"]) == (text, "<p>Other</p>")
+    found = shown(desk, desk.mail(text=text, html="<p>Other</p>"))
+    assert (found["text"], found["html"]) == (text, "<p>Other</p>")
 
 
 @pytest.mark.parametrize("subject", [None, "", " ", "\r\n", "=?utf-8?q??=", "\0"])
 def test_a_mail_without_a_subject_is_told_so(desk, subject):
-    shown = stored(desk, subject=subject)
-    assert shown["subject"] == "(no subject)"
+    found = shown(desk, desk.mail(subject=subject))
+    assert found["subject"] == "(no subject)"
     assert desk.sql("SELECT subject FROM ticket") == [("(no subject)",)]
 
 
 def test_a_mail_without_text_is_kept(desk):
-    assert stored(desk, text=None)["text"] == ""
+    assert shown(desk, desk.mail(text=None))["text"] == ""
 
 
 def test_of_many_references_the_first_twenty_and_last_eighty_are_looked_at(desk):
     ids = [f"<{number}@x>" for number in range(300)]
-    shown = stored(desk, references=" ".join(ids), headers={"References": " ".join(ids)})
-    assert shown["references"] == ids[:20] + ids[-80:]
-    kept = stored(desk, references=ids[:100], message_id="<2@x>")
+    joined = " ".join(ids)
+    found = shown(desk, desk.mail(references=joined, headers={"References": joined}))
+    assert found["references"] == ids[:20] + ids[-80:]
+    kept = shown(desk, desk.mail(references=ids[:100], message_id="<2@x>"))
     assert kept["references"] == ids[:100]
 
 
 def test_a_message_id_of_any_length_is_stored_whole_and_never_sent(desk):
     message_id = f"<{LONG}@customer.example>"
-    shown = stored(desk, message_id=message_id)
-    assert shown["message_id"] == message_id
+    found = shown(desk, desk.mail(message_id=message_id))
+    assert found["message_id"] == message_id
     [(mail,)] = desk.sql("SELECT content FROM outbox")
     assert b"xxxxxxxx" not in mail and b"In-Reply-To" not in mail
     assert desk.post(desk.mail(message_id=message_id))["status"] == "duplicate"
@@ -408,9 +681,9 @@ def test_a_raw_mail_with_either_line_end_is_the_same_mail(desk):
                                    "=?utf-8?q?a?= " * 5_000, " " * 500_000, ";" * 500_000])
 def test_a_hostile_header_costs_less_than_two_seconds(desk, value):
     headers = {name: value for name in ("Auto-Submitted", "Precedence", "List-Id", "X-Any")}
-    start = time.perf_counter()
+    start = time.process_time()
     desk.post(desk.mail(headers=headers))
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 # Anything at all ----------------------------------------------------------------------------------
@@ -422,15 +695,17 @@ marked = st.text(alphabet=st.sampled_from(SPECIALS))
 texts = st.one_of(st.text(), marked, marked.map(lambda text: f"<a href={text}</a>"))
 
 
-@anything
-@given(texts)
-def test_no_text_breaks_a_parser(text):
-    for parser in (inbound.mailboxes_of, inbound.ids_of, inbound.html_to_text,
-                   inbound.message_id_of, inbound.decode_words, inbound.one_line):
-        json.dumps(parser(text))
-    inbound.one_line(text).encode()
-    assert "\n" not in inbound.one_line(text)
-    assert all(found.startswith("<") and found.endswith(">") for found in inbound.ids_of(text))
+@settings(anything, max_examples=40)
+@given(text=texts)
+def test_no_text_breaks_a_parser(desk, text):
+    body = {"from": ADA, "message_id": "<a@x>"}
+    for fields in ({"subject": text, "in_reply_to": text, "references": text, "from_name": text,
+                    "html": text, "to": text, "cc": text}, {"from": text}, {"message_id": text},
+                   {"headers": text}, {"headers": {text: text}}, {"envelope": {"from": text}}):
+        lands(desk, json.dumps(body | fields).encode(), "application/json")
+    for subject, headers in desk.sql("SELECT subject, headers FROM message WHERE direction = 'in'"):
+        assert subject.splitlines() == [subject]
+        assert all(len(value.splitlines()) < 2 for _, value in json.loads(headers))
 
 
 json_values = st.recursive(
@@ -438,14 +713,6 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
         st.sampled_from(["Name", "Value", "name", "value", "line", "From", ""]) | st.text(),
         inner, max_size=4), max_leaves=12)
-
-
-@anything
-@given(json_values)
-def test_no_value_breaks_the_reading_of_headers(value):
-    with contextlib.suppress(inbound.Refused):
-        for name, text in inbound.headers_of(value, {}):
-            name.encode(), text.encode()
 
 
 PARTS = st.sampled_from([
@@ -459,13 +726,17 @@ mails = st.one_of(st.binary(), st.lists(PARTS, max_size=30).map(b"".join))
 
 
 @anything
-@given(mails)
-def test_no_bytes_break_the_reading_of_a_mail(content):
-    assert isinstance(inbound.mail_of_mime(content), dict)
+@given(content=mails)
+def test_no_bytes_break_the_reading_of_a_mail(desk, content):
+    # SPEC 3.0: what cannot be read whole is a ticket with what could be read.
+    assert lands(desk, content, "message/rfc822").get("status") != "quarantined"
 
 
 def lands(desk, body, content_type):
-    """Post it; assert that what is answered is so: it is a message, or it waits in `rejected`."""
+    """Post it; assert that what is answered is so: it is a message, or it waits in `rejected`.
+
+    Returns the answer's object.
+    """
     headers = {"X-Mobieus-Inbound-Secret": SECRET, "Content-Type": content_type}
     response = desk.request(body, headers=headers, content_type=None)
     assert response.status_int in (200, 400, 413, 415, 422), response.text
@@ -479,6 +750,7 @@ def lands(desk, body, content_type):
             assert item["status"] == "ignored"
     assert response.status_int == 200 or kept(desk, body), (answer, body)
     assert desk.count("rejected WHERE body IS NULL") == 0
+    return answer
 
 
 def kept(desk, body):

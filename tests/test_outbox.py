@@ -9,10 +9,8 @@ import email
 import email.header
 import email.policy
 import email.utils
-import http.client
 import json
 import re
-import shutil
 import signal
 import socket
 import sqlite3
@@ -22,14 +20,11 @@ import threading
 import time
 
 import pytest
-from conftest import NOON, SECRET, Sink, eventually
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import inbound
-
-DAY = 86400
-
+from conftest import DAY, NOON, Sink, eventually, need, started
 
 # What the tests share -----------------------------------------------------------------------------
 
@@ -48,7 +43,8 @@ class Relay:
         self.replies = FINE | replies
         self.context, self.is_tls = context, is_tls
         self.commands, self.bodies, self.connections = [], [], 0
-        self.is_over, self.threads = threading.Event(), []
+        self.is_over, self.is_weary = threading.Event(), threading.Event()
+        self.threads = []
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.spawn(self.listen)
@@ -120,10 +116,12 @@ def drips(relay, connection):
         if relay.is_over.wait(0.1):
             return
         connection.sendall(b"2")
+    relay.is_weary.set()
 
 
 def hangs(relay, connection):
-    relay.is_over.wait(6)
+    if not relay.is_over.wait(6):
+        relay.is_weary.set()
 
 
 @pytest.fixture
@@ -150,15 +148,8 @@ def refusing():
         yield bound.getsockname()[1]
 
 
-def account(desk, port=None, **columns):
-    """Set the account's relay and other columns, as an admin would by SQL."""
-    columns = {"smtp_host": "127.0.0.1", "smtp_port": port, "smtp_security": "none"} | columns
-    sets = ", ".join(f"{name} = ?" for name in columns)
-    desk.execute(f"UPDATE email_account SET {sets}", *columns.values())
-
-
-def post(desk, name="first", **fields):
-    """A person's mail that is confirmed; every name is another person's."""
+def confirmed(desk, name="first", **fields):
+    """Post a person's mail, assert that it is confirmed; every name is another person's."""
     answer = desk.post(desk.mail(message_id=f"<{name}@customer.example>", **{
         "from": f"{name}@customer.example"} | fields))
     assert answer["confirmation"] == "queued", answer
@@ -166,10 +157,8 @@ def post(desk, name="first", **fields):
 
 
 def outbox(desk):
-    """All rows of the outbox as dicts."""
-    with contextlib.closing(sqlite3.connect(desk.path)) as connection:
-        connection.row_factory = sqlite3.Row
-        return [dict(row) for row in connection.execute("SELECT * FROM outbox ORDER BY id")]
+    """All rows of the outbox, the oldest first."""
+    return desk.records("SELECT * FROM outbox ORDER BY id")
 
 
 def states(desk):
@@ -184,12 +173,12 @@ def send(desk):
 # queued → sent ------------------------------------------------------------------------------------
 
 def test_mail_waits_while_there_is_no_relay_and_is_sent_once_there_is_one(desk, clock, sink):
-    post(desk)
+    confirmed(desk)
     row = send(desk)
     assert (row["state"], row["attempts"], row["last_error"]) == ("queued", 0, "")
     assert "We received your message" in desk.run("outbox", "show", str(row["id"]))
     clock.advance(3600)
-    account(desk, sink.port)
+    desk.send_to(sink.port)
     row = send(desk)
     assert (row["state"], row["attempts"], row["next_attempt_at"]) == ("sent", 1, None)
     assert [envelope.content for envelope in sink.received] == [row["content"]]
@@ -200,8 +189,8 @@ def test_mail_waits_while_there_is_no_relay_and_is_sent_once_there_is_one(desk, 
 
 
 def test_the_command_line_sends_too_and_says_how_many(desk, sink):
-    post(desk)
-    account(desk, sink.port)
+    confirmed(desk)
+    desk.send_to(sink.port)
     assert json.loads(desk.run("outbox", "send", "--json")) == {"sent": 1}
     assert desk.run("outbox", "send", "--json").strip() == "{}"
     assert len(sink.received) == 1
@@ -209,21 +198,21 @@ def test_the_command_line_sends_too_and_says_how_many(desk, sink):
 
 def test_a_burst_goes_over_one_connection(desk, relay):
     server = relay()
-    account(desk, server.port)
+    desk.send_to(server.port)
     for number in range(10):
-        post(desk, f"n{number}")
+        confirmed(desk, f"n{number}")
     inbound.send_due(desk.store)
     assert states(desk) == ["sent"] * 10
     assert (server.connections, len(server.bodies)) == (1, 10)
     assert sorted(server.bodies) == sorted(row["content"] for row in outbox(desk))
-    assert server.said("QUIT") == ["QUIT"] or server.said("QUIT") == ["quit"]
+    assert [word.upper() for word in server.said("QUIT")] == ["QUIT"]
 
 
 # queued → queued: what may pass -------------------------------------------------------------------
 
 def test_a_refused_connection_is_tried_again_after_waits_that_grow(desk, clock, refusing):
-    post(desk)
-    account(desk, refusing)
+    confirmed(desk)
+    desk.send_to(refusing)
     waits = []
     for attempt in range(1, 12):
         row = send(desk)
@@ -239,8 +228,8 @@ def test_a_refused_connection_is_tried_again_after_waits_that_grow(desk, clock, 
 
 
 def test_the_waits_are_jittered(desk, refusing):
-    post(desk)
-    account(desk, refusing)
+    confirmed(desk)
+    desk.send_to(refusing)
     waits = set()
     for _ in range(12):
         desk.execute("UPDATE outbox SET attempts = 3, next_attempt_at = ?", NOON)
@@ -250,8 +239,8 @@ def test_the_waits_are_jittered(desk, refusing):
 
 def test_one_look_tries_an_unusable_relay_once_not_once_a_mail(desk, refusing):
     for number in range(5):
-        post(desk, f"n{number}")
-    account(desk, refusing)
+        confirmed(desk, f"n{number}")
+    desk.send_to(refusing)
     inbound.send_due(desk.store)
     assert sum(row["attempts"] for row in outbox(desk)) == 1
 
@@ -262,8 +251,8 @@ def test_a_4xx_or_a_hang_up_keeps_the_mail_for_later(desk, clock, relay, verb, r
     if verb == "DATA" and reply is None:
         verb = "RSET"       # hangs up in the middle of a refusal instead
     server = relay(**{verb: reply} | ({"RCPT": "450 later"} if verb == "RSET" else {}))
-    account(desk, server.port)
-    post(desk)
+    desk.send_to(server.port)
+    confirmed(desk)
     row = send(desk)
     assert (row["state"], row["attempts"]) == ("queued", 1)
     assert (reply or "") in row["last_error"] != ""
@@ -276,13 +265,19 @@ def test_a_4xx_or_a_hang_up_keeps_the_mail_for_later(desk, clock, relay, verb, r
 
 def test_after_a_421_the_other_mails_keep_the_relays_own_words(desk, relay):
     server = relay(MAIL="421 4.3.2 service shutting down")
-    account(desk, server.port)
+    desk.send_to(server.port)
     for number in range(4):
-        post(desk, f"n{number}")
+        confirmed(desk, f"n{number}")
     inbound.send_due(desk.store)
     assert states(desk) == ["queued"] * 4
-    for row in outbox(desk):
-        assert row["attempts"] == 0 or "421 4.3.2 service shutting down" in row["last_error"]
+    tried = [row for row in outbox(desk) if row["attempts"]]
+    assert tried and len(server.said("MAIL")) == len(tried)
+    assert all("421 4.3.2 service shutting down" in row["last_error"] for row in tried)
+    assert {row["last_error"] for row in outbox(desk)} <= {tried[0]["last_error"], ""}
+    server.replies |= FINE
+    desk.clock.advance(100)
+    inbound.send_due(desk.store)
+    assert states(desk) == ["sent"] * 4
 
 
 def test_a_relay_that_takes_one_mail_a_connection_still_gets_them_all(desk, clock, relay):
@@ -291,12 +286,13 @@ def test_a_relay_that_takes_one_mail_a_connection_still_gets_them_all(desk, cloc
         return "250 ok" if server.taken % 2 else "421 one is enough"
 
     server = relay(MAIL=one)
-    account(desk, server.port)
+    desk.send_to(server.port)
     for number in range(5):
-        post(desk, f"n{number}")
+        confirmed(desk, f"n{number}")
     for _ in range(12):
         inbound.send_due(desk.store)
         clock.advance(200)
+    assert server.taken > 5, "it never refused"
     assert states(desk) == ["sent"] * 5
     assert sorted(server.bodies) == sorted(row["content"] for row in outbox(desk))
 
@@ -306,37 +302,33 @@ def test_one_greylisted_mail_does_not_hold_up_the_others(desk, relay):
         return "450 greylisted" if "n1@" in server.commands[-1] else "250 ok"
 
     server = relay(RCPT=choosy)
-    account(desk, server.port)
+    desk.send_to(server.port)
     for number in range(4):
-        post(desk, f"n{number}")
+        confirmed(desk, f"n{number}")
     inbound.send_due(desk.store)
     assert states(desk) == ["sent", "queued", "sent", "sent"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["CONNECT", "EHLO", "MAIL", "BODY"])
 @pytest.mark.parametrize("misbehaves", [drips, hangs])
 def test_a_server_that_drips_or_hangs_is_cut_off_in_time(
-        desk, relay, monkeypatch, where, misbehaves):
-    monkeypatch.setattr(inbound, "DELIVERY", 0.5)
+        desk, relay, impatient, where, misbehaves):
     server = relay(**{where: misbehaves})
-    account(desk, server.port)
-    post(desk)
-    began = time.monotonic()
+    desk.send_to(server.port)
+    confirmed(desk)
     row = send(desk)
-    assert time.monotonic() - began < 3
+    assert not server.is_weary.is_set()     # we hung up first
     assert (row["state"], row["attempts"]) == ("queued", 1)
     assert row["last_error"] != ""
 
 
-def test_a_silent_tls_handshake_is_cut_off_in_time(desk, relay, monkeypatch):
-    monkeypatch.setattr(inbound, "DELIVERY", 0.5)
+def test_a_silent_tls_handshake_is_cut_off_in_time(desk, relay, impatient):
     server = relay(CONNECT=hangs)
-    account(desk, server.port, smtp_security="tls")
-    post(desk)
-    began = time.monotonic()
+    desk.send_to(server.port, smtp_security="tls")
+    confirmed(desk)
     assert send(desk)["state"] == "queued"
-    assert time.monotonic() - began < 3
-    assert server.commands == []
+    assert not server.is_weary.is_set() and server.commands == []
 
 
 # queued → failed ----------------------------------------------------------------------------------
@@ -344,8 +336,8 @@ def test_a_silent_tls_handshake_is_cut_off_in_time(desk, relay, monkeypatch):
 @pytest.mark.parametrize("verb", ["MAIL", "RCPT", "DATA", "BODY"])
 def test_a_5xx_fails_the_mail_with_the_servers_own_words(desk, clock, relay, verb):
     server = relay(**{verb: "550 5.1.1 no such user here"})
-    account(desk, server.port)
-    post(desk)
+    desk.send_to(server.port)
+    confirmed(desk)
     row = send(desk)
     assert (row["state"], row["attempts"], row["next_attempt_at"]) == ("failed", 1, None)
     assert row["last_error"] == "550 5.1.1 no such user here"
@@ -356,8 +348,8 @@ def test_a_5xx_fails_the_mail_with_the_servers_own_words(desk, clock, relay, ver
 
 def test_the_servers_words_are_kept_in_one_harmless_line(desk, relay):
     server = relay(RCPT="550-first\r\n550-\x1b[31msecond \xfc\r\n550 " + "long " * 300)
-    account(desk, server.port)
-    post(desk)
+    desk.send_to(server.port)
+    confirmed(desk)
     row = send(desk)
     assert row["state"] == "failed" and row["last_error"].startswith("550 first")
     assert "second \xfc" in row["last_error"] and len(row["last_error"]) <= 600
@@ -369,17 +361,17 @@ def test_a_failed_mail_does_not_hold_up_the_others(desk, relay):
         return "550 no" if "n1@" in server.commands[-1] else "250 ok"
 
     server = relay(RCPT=choosy)
-    account(desk, server.port)
+    desk.send_to(server.port)
     for number in range(4):
-        post(desk, f"n{number}")
+        confirmed(desk, f"n{number}")
     inbound.send_due(desk.store)
     assert states(desk) == ["sent", "failed", "sent", "sent"]
     assert server.connections == 1
 
 
 def test_mail_is_given_up_after_24_hours_and_not_before(desk, clock, refusing):
-    post(desk)
-    account(desk, refusing)
+    confirmed(desk)
+    desk.send_to(refusing)
     while clock.now < NOON + DAY - 7200:
         row = send(desk)
         assert row["state"] == "queued"
@@ -393,17 +385,17 @@ def test_mail_is_given_up_after_24_hours_and_not_before(desk, clock, refusing):
 
 
 def test_mail_that_never_had_a_relay_is_given_up_too(desk, clock, sink):
-    post(desk)
+    confirmed(desk)
     clock.advance(DAY)
     row = send(desk)
     assert row["state"] == "failed" and "smtp_host" in row["last_error"]
-    account(desk, sink.port)
+    desk.send_to(sink.port)
     assert send(desk)["state"] == "failed" and sink.received == []
 
 
 def test_a_bounce_fails_the_mail_that_came_back(desk, sink):
-    post(desk)
-    account(desk, sink.port)
+    confirmed(desk)
+    desk.send_to(sink.port)
     row = send(desk)
     ours = email.message_from_bytes(row["content"])["Message-ID"]
     desk.post(f"""From: MAILER-DAEMON@mx.example\r
@@ -437,35 +429,38 @@ Status: 5.1.1\r
 
 def test_retry_makes_a_failed_mail_due_now_for_another_24_hours(desk, clock, relay):
     server = relay(RCPT="550 no")
-    account(desk, server.port)
-    post(desk)
+    desk.send_to(server.port)
+    confirmed(desk)
     identifier = str(send(desk)["id"])
     clock.advance(3 * DAY)
     desk.run("outbox", "retry", identifier)
     row = outbox(desk)[0]
     assert (row["state"], row["next_attempt_at"]) == ("queued", clock.now)
-    assert row["give_up_at"] == clock.now + DAY
+    server.replies["RCPT"] = "450 later"
+    clock.advance(DAY - 1)
+    assert send(desk)["state"] == "queued"
     server.replies["RCPT"] = "250 ok"
+    desk.run("outbox", "retry", identifier)
     assert send(desk)["state"] == "sent"
     assert server.bodies == [row["content"]]
 
 
 def test_retry_makes_a_waiting_mail_due_now(desk, clock, refusing, sink):
-    account(desk, refusing)
-    post(desk)
+    desk.send_to(refusing)
+    confirmed(desk)
     for _ in range(6):
         clock.now = send(desk)["next_attempt_at"]
     row = send(desk)
     assert row["next_attempt_at"] > clock.now + 600
-    account(desk, sink.port)
+    desk.send_to(sink.port)
     assert send(desk)["state"] == "queued"
     desk.run("outbox", "retry", str(row["id"]))
     assert send(desk)["state"] == "sent" and len(sink.received) == 1
 
 
 def test_retry_of_a_sent_or_unknown_mail_is_refused(desk, sink):
-    account(desk, sink.port)
-    post(desk)
+    desk.send_to(sink.port)
+    confirmed(desk)
     row = send(desk)
     assert desk.run("outbox", "retry", str(row["id"]), status=1).startswith("inbound: ")
     assert desk.run("outbox", "retry", "999", status=1).startswith("inbound: ")
@@ -481,8 +476,8 @@ def test_retry_of_a_mail_that_is_just_being_sent_does_not_send_it_twice(desk, re
         return "250 ok"
 
     server = relay(BODY=waits)
-    account(desk, server.port)
-    post(desk)
+    desk.send_to(server.port)
+    confirmed(desk)
     sender = threading.Thread(target=inbound.send_due, args=(desk.store,))
     sender.start()
     assert held.wait(20)
@@ -496,11 +491,12 @@ def test_retry_of_a_mail_that_is_just_being_sent_does_not_send_it_twice(desk, re
 
 # sending: the lease -------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("reply", ["500 what?", "421 closing", None, hangs])
+@pytest.mark.parametrize("reply", [
+    "500 what?", "421 closing", None, pytest.param(hangs, marks=pytest.mark.slow)])   # 2 s
 def test_a_rude_goodbye_after_the_250_changes_nothing(desk, clock, relay, reply):
     server = relay(QUIT=reply)
-    account(desk, server.port)
-    post(desk)
+    desk.send_to(server.port)
+    confirmed(desk)
     row = send(desk)
     assert (row["state"], row["attempts"], row["last_error"]) == ("sent", 1, "")
     clock.advance(DAY)
@@ -516,9 +512,9 @@ def test_two_senders_never_send_the_same_mail(desk, relay):
         return "250 ok"
 
     server = relay(BODY=both)
-    account(desk, server.port)
+    desk.send_to(server.port)
     for number in range(12):
-        post(desk, f"n{number}")
+        confirmed(desk, f"n{number}")
     other = inbound.Store(str(desk.path), desk.clock)
     with contextlib.closing(other):
         other.open()
@@ -534,8 +530,8 @@ def test_two_senders_never_send_the_same_mail(desk, relay):
 
 
 def test_a_lease_is_respected_until_it_runs_out(desk, clock, sink):
-    account(desk, sink.port)
-    post(desk)
+    desk.send_to(sink.port)
+    confirmed(desk)
     desk.execute("""UPDATE outbox SET state = 'sending', attempts = 1,
         next_attempt_at = ?""", NOON + 45)
     clock.advance(44)
@@ -553,19 +549,19 @@ def test_the_lease_is_at_most_45_seconds_and_stands_in_the_row(desk, clock, rela
         return "250 ok"
 
     server = relay(BODY=look)
-    account(desk, server.port)
-    post(desk)
+    desk.send_to(server.port)
+    confirmed(desk)
     assert send(desk)["state"] == "sent"
     assert seen[0]["state"] == "sending"
-    assert clock.now + inbound.DELIVERY < seen[0]["next_attempt_at"] <= clock.now + 45
+    assert clock.now + 30 < seen[0]["next_attempt_at"] <= clock.now + 45
 
 
 def test_a_clock_that_was_set_back_does_not_hold_mail_up(desk, clock, sink, refusing):
-    account(desk, refusing)
-    post(desk)
+    desk.send_to(refusing)
+    confirmed(desk)
     send(desk)
     clock.advance(-7 * DAY)
-    account(desk, sink.port)
+    desk.send_to(sink.port)
     assert send(desk)["state"] == "sent"
 
 
@@ -582,11 +578,9 @@ class Deadly(Sink):
 
 
 def test_a_crash_before_the_commit_repeats_the_mail_byte_for_byte(desk, clock, serve):
-    deadly = Deadly()
-    deadly.start()
-    try:
-        account(desk, deadly.port)
-        post(desk)      # NOON is in the future: due for `serve`, whose clock is the machine's
+    with started(Deadly()) as deadly:
+        desk.send_to(deadly.port)
+        confirmed(desk)      # NOON is in the future: due for `serve`, whose clock is the machine's
         now = int(time.time())
         desk.execute("UPDATE outbox SET created_at = ?, next_attempt_at = ?, give_up_at = ?",
                      now, now, now + 86400)
@@ -600,15 +594,12 @@ def test_a_crash_before_the_commit_repeats_the_mail_byte_for_byte(desk, clock, s
         row = send(desk)
         assert (row["state"], row["attempts"]) == ("sent", 2)
         assert [envelope.content for envelope in deadly.received] == [row["content"]] * 2
-    finally:
-        deadly.stop()
 
 
 def test_a_database_locked_after_the_250_is_waited_for_and_the_mail_not_repeated(
-        desk, relay, monkeypatch):
-    monkeypatch.setattr(inbound, "BUSY_TIMEOUT", 0.3)
+        desk, relay, impatient):
     holder = sqlite3.connect(desk.path, isolation_level=None, check_same_thread=False)
-    release = threading.Timer(0.6, lambda: holder.execute("ROLLBACK"))
+    release = threading.Timer(0.3, lambda: holder.execute("ROLLBACK"))
 
     def lock(server, connection):
         holder.execute("BEGIN IMMEDIATE")
@@ -616,8 +607,8 @@ def test_a_database_locked_after_the_250_is_waited_for_and_the_mail_not_repeated
         return "250 ok"
 
     server = relay(BODY=lock)
-    account(desk, server.port)
-    post(desk)
+    desk.send_to(server.port)
+    confirmed(desk)
     with contextlib.closing(holder):
         assert send(desk)["state"] == "sent"
         release.join()
@@ -627,36 +618,25 @@ def test_a_database_locked_after_the_250_is_waited_for_and_the_mail_not_repeated
 # The courier of a real server ---------------------------------------------------------------------
 
 def test_the_courier_sends_within_seconds_of_a_post_or_of_anothers_reply(desk, serve, sink):
-    account(desk, sink.port)
+    desk.send_to(sink.port)
     desk.clock.now = int(time.time())
     served = serve()
-    reference = post_to(served.port, desk.mail())["ticket"]
-    sink.wait(1, timeout=3)
+    reference = served.post(desk.mail())[2]["ticket"]
+    sink.wait(1)
     desk.run("reply", reference, stdin="We are on our way.")       # another process, for the server
-    assert b"We are on our way." in sink.wait(2, timeout=inbound.LOOK + 3)[1].content
-    eventually(lambda: states(desk) == ["sent", "sent"], timeout=3)
-
-
-def post_to(port, mail):
-    """POST to a real server and return its answer's object."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    with contextlib.closing(connection):
-        connection.request("POST", "/api/helpdesk/inbound-email", json.dumps(mail), {
-            "X-Mobieus-Inbound-Secret": SECRET, "Content-Type": "application/json"})
-        response = connection.getresponse()
-        assert response.status == 200
-        return json.loads(response.read())
+    assert b"We are on our way." in sink.wait(2, timeout=5 * 5)[1].content   # it looks every 5 s
+    eventually(lambda: states(desk) == ["sent", "sent"])
 
 
 def test_a_relay_that_hangs_never_slows_a_post(desk, serve, relay):
-    server = relay(CONNECT=hangs)
-    account(desk, server.port)
+    server = relay(CONNECT=hangs)       # for 6 s; a post that is in nobody's way takes milliseconds
+    desk.send_to(server.port)
     served = serve()
+    assert served.post(desk.mail())[0] == 200
+    eventually(lambda: server.connections)      # from here on the courier hangs
     for number in range(5):
-        began = time.monotonic()
-        post_to(served.port, desk.mail(message_id=f"<{number}@customer.example>"))
-        assert time.monotonic() - began < 2
-    eventually(lambda: server.connections)
+        mail = desk.mail(message_id=f"<{number}@customer.example>", text=f"{number}")
+        assert served.post(mail, timeout=4)[0] == 200
     server.stop()
 
 
@@ -665,8 +645,7 @@ def test_a_relay_that_hangs_never_slows_a_post(desk, serve, relay):
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory):
     """host name → (context of a server with a self-signed certificate for it, the certificate)."""
-    if not shutil.which("openssl"):
-        pytest.skip("openssl is not installed: no certificates to be had")
+    need("openssl")
     directory, made = tmp_path_factory.mktemp("tls"), {}
     for name, alternative in (("here", "IP:127.0.0.1"), ("elsewhere", "DNS:elsewhere.example")):
         key, certificate = directory / f"{name}.key", directory / f"{name}.pem"
@@ -695,8 +674,8 @@ def secured(relay, context, security, **replies):
 def test_certificates_are_verified(desk, clock, relay, certificates, monkeypatch, security):
     context, certificate = certificates["here"]
     server = secured(relay, context, security)
-    account(desk, server.port, smtp_security=security)
-    post(desk)
+    desk.send_to(server.port, smtp_security=security)
+    confirmed(desk)
     row = send(desk)
     assert row["state"] == "queued" and "certificate" in row["last_error"].lower()
     assert server.said("MAIL") == []
@@ -711,8 +690,8 @@ def test_a_trusted_certificate_for_another_host_is_not_enough(
     context, certificate = certificates["elsewhere"]
     monkeypatch.setenv("SSL_CERT_FILE", certificate)
     server = secured(relay, context, security)
-    account(desk, server.port, smtp_security=security)
-    post(desk)
+    desk.send_to(server.port, smtp_security=security)
+    confirmed(desk)
     row = send(desk)
     assert row["state"] == "queued" and "mismatch" in row["last_error"]
     assert server.said("MAIL") == []
@@ -722,8 +701,8 @@ def test_a_trusted_certificate_for_another_host_is_not_enough(
     {}, {"EHLO": "250-relay\r\n250 STARTTLS", "STARTTLS": "454 no"}])
 def test_a_relay_without_starttls_gets_nothing_in_clear(desk, relay, replies):
     server = relay(**replies)
-    account(desk, server.port, smtp_security="starttls")
-    post(desk)
+    desk.send_to(server.port, smtp_security="starttls")
+    confirmed(desk)
     assert send(desk)["state"] == "queued"
     assert server.said("MAIL") == server.said("AUTH") == []
 
@@ -737,9 +716,9 @@ def test_a_wrong_password_waits_for_the_admin_and_the_right_one_sends(
     context, certificate = certificates["here"]
     monkeypatch.setenv("SSL_CERT_FILE", certificate)
     server = secured(relay, context, "starttls", AUTH=checks)
-    account(desk, server.port, smtp_security="starttls", smtp_username="desk",
+    desk.send_to(server.port, smtp_security="starttls", smtp_username="desk",
             smtp_password="wrong horse")
-    post(desk)
+    confirmed(desk)
     row = send(desk)
     assert row["state"] == "queued" and "535 5.7.8 bad credentials" in row["last_error"]
     assert "horse" not in row["last_error"] and server.said("MAIL") == []
@@ -750,7 +729,7 @@ def test_a_wrong_password_waits_for_the_admin_and_the_right_one_sends(
 
 def test_no_log_in_goes_over_plain_text(desk, refusing):
     with pytest.raises(sqlite3.IntegrityError):
-        account(desk, refusing, smtp_username="desk", smtp_password="horse")
+        desk.send_to(refusing, smtp_username="desk", smtp_password="horse")
     said = desk.run("account", "set", "smtp_security=none", "smtp_username=desk", status=1)
     assert said.startswith("inbound: ") and said.count("\n") == 1
     assert desk.sql("SELECT smtp_username FROM email_account") == [(None,)]
@@ -801,7 +780,7 @@ def test_the_confirmation_is_exactly_this(desk, clock):
 
 def test_message_ids_of_ours_are_unguessable_and_distinct(desk):
     for number in range(5):
-        post(desk, f"n{number}")
+        confirmed(desk, f"n{number}")
     ids = [parsed(row["content"])["Message-ID"] for row in outbox(desk)]
     assert len(set(ids)) == 5
     for answer_id, (reference,) in zip(ids, desk.sql("SELECT reference FROM ticket")):
@@ -822,8 +801,8 @@ def test_a_reply_to_the_confirmation_threads(desk):
 @pytest.mark.parametrize("setting, expected", [
     (None, "<>"), ("bounces@helpdesk.example", "bounces@helpdesk.example")])
 def test_the_envelope_sender_of_confirmations_is_null_or_as_set(desk, sink, setting, expected):
-    account(desk, sink.port, confirmation_envelope_from=setting)
-    answer = post(desk)
+    desk.send_to(sink.port, confirmation_envelope_from=setting)
+    answer = confirmed(desk)
     desk.run("reply", answer["ticket"], stdin="Hello")
     inbound.send_due(desk.store)
     confirmation, reply = sink.wait(2)
@@ -843,7 +822,7 @@ HOSTILE_IDS = ["<" + "x" * 250 + "@customer.example>", "<=?utf-8?q?=0d=0aBcc:x?=
 @pytest.mark.parametrize("field", ["message_id", "in_reply_to", "references"])
 @pytest.mark.parametrize("hostile", HOSTILE_IDS)
 def test_a_hostile_id_never_becomes_a_header_of_ours(desk, sink, hostile, field):
-    account(desk, sink.port)
+    desk.send_to(sink.port)
     response = desk.request(desk.mail(**{field: hostile}))
     if response.status_int != 200:
         assert field == "message_id" and response.status_int == 422 and desk.count("ticket") == 0
@@ -861,7 +840,7 @@ def test_a_hostile_id_never_becomes_a_header_of_ours(desk, sink, hostile, field)
 
 def test_a_long_but_sound_id_is_written_as_it_is(desk, sink):
     parent = "<" + "a" * 200 + "@customer.example>"
-    account(desk, sink.port)
+    desk.send_to(sink.port)
     desk.post(desk.mail(message_id=parent))
     assert send(desk)["state"] == "sent"
     assert f"In-Reply-To: {parent}\r\n".encode() in sink.received[0].content
@@ -875,7 +854,7 @@ def test_a_long_but_sound_id_is_written_as_it_is(desk, sink):
     "evil@evil.example, " * 12])
 def test_from_is_the_accounts_address_alone_whatever_its_name(desk, display_name):
     desk.execute("UPDATE email_account SET display_name = ?", display_name)
-    post(desk)
+    confirmed(desk)
     raw = email.message_from_bytes(outbox(desk)[0]["content"])["From"]
     [(name, address)] = email.utils.getaddresses([raw])
     assert address == "support@helpdesk.example"
@@ -889,10 +868,10 @@ def test_from_is_the_accounts_address_alone_whatever_its_name(desk, display_name
 def test_a_display_name_that_would_break_the_header_costs_no_mail(desk, display_name):
     desk.execute("UPDATE email_account SET display_name = ?", display_name)
     answer = desk.post(desk.mail())
-    assert answer["status"] == "created" and answer["confirmation"] in ("queued", "withheld")
-    for row in outbox(desk):
-        assert_harmless(row["content"], ALWAYS + AUTOMATIC + THREADS)
-        assert parsed(row["content"])["From"].addresses[0].addr_spec == "support@helpdesk.example"
+    assert (answer["status"], answer["confirmation"]) == ("created", "queued")
+    [row] = outbox(desk)
+    assert_harmless(row["content"], ALWAYS + AUTOMATIC + THREADS)
+    assert parsed(row["content"])["From"].addresses[0].addr_spec == "support@helpdesk.example"
 
 
 @pytest.mark.parametrize("template", [
@@ -901,8 +880,8 @@ def test_a_display_name_that_would_break_the_header_costs_no_mail(desk, display_
     ".\n..\n.x {reference}\n", "long " * 900 + "{reference}\n",
     "one\r\ntwo\rthree\n{reference}\n", "From here\n{reference}\n"])
 def test_any_template_arrives_as_it_was_written(desk, sink, template):
-    account(desk, sink.port, template=template)
-    answer = post(desk)
+    desk.send_to(sink.port, template=template)
+    answer = confirmed(desk)
     assert send(desk)["state"] == "sent"
     [envelope] = sink.received
     assert_harmless(envelope.content, ALWAYS + AUTOMATIC + THREADS)
@@ -913,7 +892,7 @@ def test_any_template_arrives_as_it_was_written(desk, sink, template):
 @pytest.mark.parametrize("theirs, wire", [
     ("ada@m\u00fcller.example", "ada@xn--mller-kva.example"), ("O'Hara+x=y@a-b.example", None)])
 def test_unusual_but_sound_addresses_are_confirmed(desk, sink, theirs, wire):
-    account(desk, sink.port)
+    desk.send_to(sink.port)
     desk.post(desk.mail(**{"from": theirs}))
     assert send(desk)["state"] == "sent"
     assert sink.received[0].rcpt_tos == [wire or theirs]
@@ -940,9 +919,10 @@ ADDRESSES = TEXTS | TEXTS.map(lambda name: f"{name} <ada@customer.example>") | s
     TEXTS, TEXTS).map(lambda two: f"{two[0]} <{two[1]}@customer.example>")
 
 
+@pytest.mark.slow
 @given(sender=ADDRESSES, name=TEXTS, subject=TEXTS, message_id=TEXTS | TEXTS.map(
     lambda text: f"<{text}@customer.example>"), references=st.lists(TEXTS, max_size=4))
-@settings(max_examples=250, deadline=None, suppress_health_check=[
+@settings(max_examples=150, deadline=None, suppress_health_check=[
     HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_nothing_that_a_stranger_writes_shapes_our_mail(
         desk, sender, name, subject, message_id, references):

@@ -5,16 +5,21 @@ are built here. What a provider changes from try to try is written with the mark
 `again` can make the second try of any of them.
 """
 
+import base64
+import copy
 import hashlib
 import json
 import re
+import sqlite3
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import ANY
 from urllib.parse import parse_qs, urlencode
 
 import pytest
-from conftest import SECRET
+from conftest import SECRET, URL
+
+import inbound
 
 WEBHOOKS = Path(__file__).parent / "webhooks"
 JSON, FORM = "application/json", "application/x-www-form-urlencoded"
@@ -102,6 +107,21 @@ def multipart(*parts):
     return out + f"--{BOUNDARY}--\r\n".encode()
 
 
+def whole_mail():
+    """The mail as a provider passes it on: without a Return-Path."""
+    return json.loads(read("forwardemail/message.json"))["raw"]
+
+
+def cloudmailin_deprecated():
+    """The format that CloudMailin calls `original`: the whole mail, and what it took out of it."""
+    return multipart(
+        ("plain", TEXT), ("html", HTML), ("reply_plain", "Guten Tag"), ("disposable", ""),
+        ("to", ADDRESS), ("recipients", json.dumps([ADDRESS])), ("from", ENVELOPE_FROM),
+        ("x_to_header", ADDRESS), ("x_from_header", '["zoe@customer.example"]'),
+        ("subject", SUBJECT), ("message", whole_mail()), ("signature", "f1f1f1f1"),
+        ("spf[result]", "pass"), ("spf[domain]", "customer.example"))
+
+
 def cloudmailin_multipart():
     received = "by mx.provider.example id f1f1f1f1; Mon, 21 Sep 2026 14:13:21 +0000"
     return multipart(
@@ -153,6 +173,35 @@ def sendgrid(*more, subject=(SUBJECT, "iso-8859-15"), text=(TEXT, "windows-1252"
         ("attachment2", PNG, "logo.png", "image/png"), *more)
 
 
+def customers_mail_cloud():
+    headers = [{"name": "return-path", "value": ENVELOPE_FROM}] + json.loads(
+        read("lettermint/message.json"))["data"]["headers"]
+    return multipart(
+        ("api_key", "f1f1f1f1"), ("server_composition", "helpdesk"), ("filter", "support"),
+        ("headers", json.dumps(headers)), ("subject", SUBJECT), ("envelope-from", ENVELOPE_FROM),
+        ("envelope-to", ADDRESS), ("text", TEXT), ("html", HTML), ("attachments", "2"),
+        ("attachment1", PDF, "rechnung.pdf", "application/pdf"),
+        ("attachment2", PNG, "logo.png", "image/png"))
+
+
+def mailcast():
+    return multipart(
+        ("message_id", MESSAGE_ID), ("date", "2026-09-21T14:13:21Z"),
+        ("return_path", ENVELOPE_FROM), ("delivered_to", ADDRESS), ("recipients[]", ADDRESS),
+        ("to[]", ADDRESS), ("from", "zoe@customer.example"), ("from_name", "Zoë Müller, Sales"),
+        ("subject", SUBJECT), ("text_part", TEXT), ("html_part", HTML),
+        ("attachments[]", PDF, "rechnung.pdf", "application/pdf"),
+        ("attachments[]", PNG, "logo.png", "image/png"), ("email", whole_mail()))
+
+
+def agentmail_of_an_sdk():
+    """What Python SDKs make of it: `from` is a keyword there."""
+    def rename(body):
+        body["message"]["from_"] = body["message"].pop("from")
+
+    return json.dumps(changed("agentmail/message.json", rename)).encode()
+
+
 class Shape(NamedTuple):
     """One way to post the mail: path below webhooks/ or builder; `differs` is for `expected`."""
 
@@ -173,6 +222,7 @@ UNTOLD = {"envelope_from": None}
 BREVO = UNTOLD | {"pdf": NOT_KEPT, "png": NOT_KEPT}
 MANDRILL = UNTOLD | {"png": {"content_id": ANY}}
 POSTAL = {"seen": (), "png": NO_ID}
+BY_URL = {"pdf": NOT_KEPT, "png": NOT_KEPT}
 SHAPES = {
     "raw mail": Shape("raw/mail.eml", MIME),
     "raw mail under another content type": Shape("raw/mail.eml", "text/plain"),
@@ -184,6 +234,7 @@ SHAPES = {
     "cloudmailin stored": Shape("cloudmailin/stored.json", JSON,
                                 {"pdf": NOT_KEPT, "png": NOT_KEPT}),
     "cloudmailin multipart": Shape(cloudmailin_multipart, MULTIPART, {"png": NO_ID}),
+    "cloudmailin deprecated": Shape(cloudmailin_deprecated, MULTIPART),
     "cloudmailin raw": Shape("cloudmailin/raw.multipart", MULTIPART),
     "mailgun parsed": Shape("mailgun/parsed.form", FORM, NO_FILES),
     "mailgun multipart": Shape(mailgun_multipart, MULTIPART),
@@ -212,6 +263,21 @@ SHAPES = {
     "forward email": Shape("forwardemail/message.json", JSON),
     "forward email, one reference": Shape("forwardemail/single-reference.json", JSON,
                                           {"references": PARENTS[1:]}),
+    "improvmx": Shape("improvmx/message.json", JSON, {"png": NO_ID}),
+    "ahasend": Shape("ahasend/message.json", JSON, UNTOLD),
+    "lettermint": Shape("lettermint/message.json", JSON, UNTOLD),
+    "mailpace": Shape("mailpace/message.json", JSON, UNTOLD),
+    "mox": Shape("mox/message.json", JSON, BY_URL | {"seen": ()}),
+    "maileroo": Shape("maileroo/message.json", JSON, BY_URL),
+    "inbound.new": Shape("inbound-new/message.json", JSON,
+                         UNTOLD | BY_URL | {"png": NOT_KEPT | NO_ID}),
+    "agentmail": Shape("agentmail/message.json", JSON, UNTOLD | BY_URL | {"seen": ("two",)}),
+    "agentmail of an SDK": Shape(agentmail_of_an_sdk, JSON,
+                                 UNTOLD | BY_URL | {"seen": ("two",)}),
+    "mailparser": Shape("mailparser/message.json", JSON, UNTOLD),
+    "postal-mime": Shape("postal-mime/message.json", JSON, UNTOLD),
+    "customers mail cloud": Shape(customers_mail_cloud, MULTIPART, {"png": NO_ID}),
+    "mailcast.io": Shape(mailcast, MULTIPART),
     "canonical": Shape("canonical/mail.json", JSON),
     "canonical, header pairs": Shape("canonical/header-pairs.json", JSON, UNTOLD),
     "canonical, header objects": Shape("canonical/header-objects.json", JSON),
@@ -340,6 +406,213 @@ def test_a_mandrill_attachment_that_is_text_is_kept_as_utf8(desk):
     assert (file["filename"], file["sha256"]) == ("notiz.txt", digest("Größe\n".encode()))
 
 
+# What we do not need costs no mail ----------------------------------------------------------------
+
+# Where a provider is known by its keys, or the mail itself is: all else may be absent, null or
+# nonsense. A path ending in `*` stands for all below it too.
+NEEDED = {
+    "socketlabs/message.json": "InboundMailFrom Message",
+    "postmark/message.json": "FromFull Headers",
+    "postmark/with-raw.json": "FromFull Headers",
+    "cloudmailin/normalised.json": "envelope headers",
+    "cloudmailin/original.json": "envelope headers",
+    "cloudmailin/stored.json": "envelope headers",
+    "mandrill/one.form": "0 0.event 0.msg",
+    "mandrill/raw-msg.form": "0 0.event 0.msg",
+    "sparkpost/one.json": "0 0.msys 0.msys.relay_message 0.msys.relay_message.content",
+    "brevo/one.json": "items items.0 items.0.Uuid items.0.Uuid.0",
+    "mailjet/message.json": "Sender Recipient Headers",
+    "ses/utf8.json": "Type TopicArn Message Message.notificationType Message.mail Message.receipt "
+                     "Message.content",
+    "mailersend/message.json": "type data",
+    "postal/hash.json": "rcpt_to mail_from",
+    "forwardemail/message.json": "headerLines session",
+    "forwardemail/single-reference.json": "headerLines session",
+    "improvmx/message.json": "return-path message-id",
+    "ahasend/message.json": "type data",
+    "lettermint/message.json": "event data",
+    "mailpace/message.json": "raw messageId headers*",
+    "mox/message.json": "MessageID Meta Meta.MailFrom Meta.RcptTo",
+    "maileroo/message.json": "envelope_sender recipients recipients.0 body",
+    "inbound-new/message.json": "event email",
+    "agentmail/message.json": "event_type message",
+    "mailparser/message.json": "headerLines messageId",
+    "postal-mime/message.json": "headers from messageId",
+}
+ABSENT = "absent"
+DAMAGES = [ABSENT, None, 17, True, "x", ["x", 17, None], {"a": 1}]
+# Where the mail's text is, or what it is in: damaged, it is another text or none, but still a mail.
+HOLDS_THE_TEXT = re.compile("(?i)raw|text|html|plain|body|content|email_rfc822|parsedData")
+
+
+def opened(path):
+    """The JSON of a post, with the JSON inside it opened; `closed` is the way back."""
+    if path.endswith(".form"):
+        return mandrill_events(path)
+    body = json.loads(read(path))
+    if isinstance(body, dict) and path.startswith("ses/"):
+        body["Message"] = json.loads(body["Message"])
+    return body
+
+
+def closed(path, body):
+    if path.endswith(".form"):
+        return urlencode({"mandrill_events": json.dumps(body)}).encode()
+    if isinstance(body, dict) and path.startswith("ses/"):
+        body = body | {"Message": json.dumps(body["Message"])}
+    return json.dumps(body, ensure_ascii=False).encode()
+
+
+def places(value, way=()):
+    """Every way to a part of a JSON value; of a list, to its last member alone.
+
+    The first is what some providers are known by.
+    """
+    keys = []
+    if isinstance(value, dict):
+        keys = list(value)
+    if isinstance(value, list) and value:
+        keys = [len(value) - 1]
+    for key in keys:
+        yield (*way, key)
+        yield from places(value[key], (*way, key))
+
+
+def damaged(body, way, damage):
+    body = copy.deepcopy(body)
+    part = body
+    for step in way[:-1]:
+        part = part[step]
+    if damage is ABSENT:
+        del part[way[-1]]
+    else:
+        part[way[-1]] = damage
+    return body
+
+
+def is_needed(path, way):
+    name = ".".join(map(str, way))
+    return any(name == needed or (needed.endswith("*") and name.startswith(needed[:-1]))
+               for needed in NEEDED[path].split())
+
+
+def another(body, number):
+    """The same mail with an id and a text of its own."""
+    return body.replace(b"real-id", b"id-%d" % number).replace(b"stimmt", b"stimmt%d" % number)
+
+
+def lost(desk):
+    """[(status, reason)] of what was kept for review."""
+    return desk.sql("SELECT status, reason FROM rejected")
+
+
+# Once more without the whole mail in them, so that the fields beside it are what is read.
+WHOLE_MAIL = {"forwardemail/message.json": "raw", "mailersend/message.json": "data.raw",
+              "sparkpost/one.json": "0.msys.relay_message.content.email_rfc822"}
+
+
+@pytest.mark.parametrize("path, without", [*((path, "") for path in NEEDED), *WHOLE_MAIL.items()])
+def test_no_part_that_we_do_not_need_costs_the_mail(desk, path, without):
+    body = opened(path)
+    if without:
+        [whole] = [way for way in places(body) if ".".join(map(str, way)) == without]
+        body = damaged(body, whole, ABSENT)
+    content_type = FORM if path.endswith(".form") else JSON
+    tried = [(way, damage) for way in places(body) if not is_needed(path, way)
+             for damage in (DAMAGES if len(way) < 6 else DAMAGES[:3])]
+    assert len(tried) > 50
+    for number, (way, damage) in enumerate(tried):
+        post = another(closed(path, damaged(body, way, damage)), number)
+        response = send(desk, post, content_type)
+        where = (way, damage, response.text, lost(desk))
+        assert response.status_int == 200, where
+        for answer in response.json.get("messages", [response.json]):
+            assert answer["status"] == "created", where
+        [[text]] = desk.sql("SELECT text FROM message WHERE direction = 'in' "
+                         "ORDER BY id DESC LIMIT 1")
+        if not any(HOLDS_THE_TEXT.search(str(step)) for step in way):
+            assert "Größe stimmt" in text, where
+    assert desk.count("rejected") == 0
+
+
+FORMS = {
+    "mailgun parsed": "timestamp token signature message-headers",
+    "mailgun multipart": "timestamp token signature message-headers",
+    "mailgun body-mime": "timestamp token signature body-mime",
+    "sendgrid": "envelope headers",
+    "sendgrid raw": "envelope email",
+    "cloudmailin multipart": "envelope[to] envelope[from] headers[from]",
+    "cloudmailin raw": "envelope[to] envelope[from] message",
+    "cloudmailin deprecated": "message to from plain x_to_header signature",
+    "postal form": "rcpt_to mail_from plain_body html_body",
+    "customers mail cloud": "server_composition envelope-from headers",
+    "mailcast.io": "email return_path recipients[]",
+}
+FORM_DAMAGES = [ABSENT, "", "17", "x", "null", "true", "[17]", '[["x"]]', '{"a": 1}', "{"]
+
+
+def fields_posted(shape):
+    """[(name, value, filename and content type of a file)] of a form."""
+    body = shape.read()
+    if shape.content_type == FORM:
+        fields = parse_qs(body.decode(), keep_blank_values=True)
+        return [(name, value) for name, values in fields.items() for value in values]
+    fields = []
+    for part in (b"\r\n" + body).split(f"\r\n--{BOUNDARY}".encode())[1:-1]:
+        head, _, value = part.partition(b"\r\n\r\n")
+        words = re.findall(r'name="(.*?)"|Content-Type: (\S+)', head.decode())
+        fields.append((words[0][0], value, *(word[0] or word[1] for word in words[1:])))
+    return fields
+
+
+def form_of(shape, fields):
+    return urlencode(fields).encode() if shape.content_type == FORM else multipart(*fields)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_no_field_of_a_form_that_we_do_not_need_costs_the_mail(desk, name):
+    shape = SHAPES[name]
+    fields = fields_posted(shape)
+    assert form_of(shape, fields) == shape.read() or shape.content_type == FORM
+    number = 0
+    for place, (field, *_) in enumerate(fields):
+        if field in FORMS[name].split():
+            continue
+        for damage in FORM_DAMAGES:
+            number += 1
+            instead = [] if damage is ABSENT else [(field, damage)]
+            post = form_of(shape, fields[:place] + instead + fields[place + 1:])
+            response = send(desk, another(post, number), shape.content_type)
+            where = (field, damage, response.text, lost(desk))
+            assert response.status_int == 200, where
+            assert response.json["status"] == "created", where
+    assert number > 20
+    assert desk.count("rejected") == 0
+
+
+def test_a_part_of_a_mailjet_post_without_a_content_ref_is_no_attachment(desk):
+    def contain(body):
+        container = {"Headers": {"Content-Type": 'multipart/mixed; boundary="outer"'}}
+        body["Parts"][:0] = [container, container | {"ContentRef": None}, {}, None, 17]
+
+    shown = message(desk, changed("mailjet/message.json", contain))
+    assert record(shown) == expected()
+
+
+def test_a_mox_mail_that_mox_knows_to_be_automatic_is_not_answered(desk):
+    # There is no header in its posts: Meta.Automated is all that they say of it.
+    body = changed("mox/message.json", lambda body: body["Meta"].update(Automated=True))
+    assert deliver(desk, body)[0]["confirmation"] == "withheld"
+
+
+def test_ahasends_own_field_tells_an_automatic_reply(desk):
+    def drop_headers(body):
+        del body["data"]["headers"]             # an option of the route
+        body["data"]["auto_submitted"] = "auto-replied"
+
+    assert deliver(desk, changed("ahasend/message.json", drop_headers))[0]["kind"] == "auto-reply"
+
+
 # Ids and headers ----------------------------------------------------------------------------------
 
 IN_TEXT = [name for name, shape in SHAPES.items() if shape.members == 1 and not name.startswith(
@@ -393,7 +666,9 @@ def test_socketlabs_own_field_stands_in_for_a_missing_header(desk, header, fallb
 
 @pytest.mark.parametrize("spell", [bytes.upper, bytes.lower])
 @shapes("raw mail", "socketlabs", "postmark", "cloudmailin original", "mailgun parsed", "sendgrid",
-        "sendgrid raw", "mandrill", "sparkpost", "brevo", "mailjet", "ses utf8", "mailersend")
+        "sendgrid raw", "mandrill", "sparkpost", "brevo", "mailjet", "ses utf8", "mailersend",
+        "lettermint", "mailpace", "maileroo", "inbound.new", "customers mail cloud", "mailcast.io",
+        "cloudmailin deprecated")
 def test_header_names_are_read_in_any_case(desk, shape, spell):
     names = re.compile(rb'(?i)(?:message-id|in-reply-to|references|x-seen)(?=[":=]|%22)')
     body, found = names.subn(lambda name: spell(name[0]), shape.read())
@@ -401,7 +676,8 @@ def test_header_names_are_read_in_any_case(desk, shape, spell):
     assert record(message(desk, body, shape.content_type)) == expected(**shape.differs)
 
 
-@shapes("raw mail", "postmark", "mandrill", "sparkpost", "mailersend", "forward email", "ses utf8")
+@shapes("raw mail", "postmark", "mandrill", "sparkpost", "mailersend", "forward email", "ses utf8",
+        "mailparser", "mailpace", "lettermint", "customers mail cloud")
 def test_headers_are_shown_decoded_and_unfolded(desk, shape):
     shown = message(desk, shape.read(), shape.content_type)
     [subject] = values(shown, "Subject") or [SUBJECT]
@@ -419,6 +695,94 @@ def test_encoded_words_are_decoded_in_subject_and_name(desk):
     assert (shown["from_name"], shown["from"]) == ("Zoë Müller, Sales", "zoe@customer.example")
 
 
+HEADER_PAIRS = {
+    "key": lambda name, value: {"key": name, "value": value},
+    "Key": lambda name, value: {"Key": name, "Value": value},
+    "name": lambda name, value: {"name": name, "value": value},
+    "Name": lambda name, value: {"Name": name, "Value": value},
+    "postal-mime": lambda name, value: {
+        "value": value, "key": name.lower(), "originalKey": name},
+    "a list of two": lambda name, value: [name, value],
+    "an object of one": lambda name, value: {name: value},
+}
+
+
+@pytest.mark.parametrize("pair", HEADER_PAIRS)
+@pytest.mark.parametrize("path, way", [
+    ("canonical/mail.json", "headers"), ("postmark/message.json", "Headers"),
+    ("mailersend/message.json", "data.headers"), ("lettermint/message.json", "data.headers"),
+    ("ahasend/message.json", "data.headers"), ("agentmail/message.json", "message.headers"),
+    ("inbound-new/message.json", "email.parsedData.headers")])
+def test_a_list_of_headers_is_read_however_its_pairs_are_named(desk, path, way, pair):
+    def rename(body):
+        *steps, last = way.split(".")
+        for step in steps:
+            body = body[step]
+        headers = [("Message-ID", MESSAGE_ID), ("Auto-Submitted", "auto-replied"),
+                   ("X-Seen", "one"), ("X-Seen", "two")]
+        body[last] = [HEADER_PAIRS[pair](name, value) for name, value in headers]
+        body.pop("raw", None)
+
+    [answer] = deliver(desk, changed(path, rename))
+    assert (answer["status"], answer["kind"]) == ("created", "auto-reply")
+    shown = received(desk, answer["ticket"])
+    assert (shown["message_id"], values(shown, "X-Seen")) == (MESSAGE_ID, ["one", "two"])
+    assert not {"key", "name", "value"} & {name.lower() for name, _ in shown["headers"]}
+
+
+@pytest.mark.parametrize("headers", [
+    [{"header": "Auto-Submitted", "content": "auto-replied"}], [{"value": "x", "position": 1}],
+    [{"key": None, "value": "x"}], [{"key": "", "value": "x"}]])
+def test_a_list_of_headers_without_names_is_a_note_and_makes_no_header(desk, headers):
+    shown = message(desk, desk.mail(headers=headers))
+    assert [name for name, _ in shown["headers"] if not name or name.lower() in (
+        "key", "value", "header", "content", "position")] == []
+    assert "header" in " ".join(shown["notes"]).lower()
+
+
+@pytest.mark.parametrize("replied_to, headers, read_as", [
+    ("", [], []), ("help@customer.example", [], ["help@customer.example"]),
+    ("help@customer.example", ["other@customer.example"], ["other@customer.example"])])
+def test_postmarks_date_and_reply_to_are_kept_as_headers(desk, replied_to, headers, read_as):
+    def reply_to(body):
+        body["ReplyTo"] = replied_to
+        body["Headers"] += [{"Name": "Reply-To", "Value": value} for value in headers]
+
+    shown = message(desk, changed("postmark/message.json", reply_to))
+    assert values(shown, "Date") == ["Mon, 21 Sep 2026 16:12:07 +0200"]
+    assert values(shown, "Reply-To") == read_as
+
+
+def test_a_date_that_is_among_postmarks_headers_is_not_doubled(desk):
+    def date(body):
+        body["Headers"].append({"Name": "date", "Value": "Tue, 22 Sep 2026 16:12:07 +0200"})
+
+    shown = message(desk, changed("postmark/message.json", date))
+    assert values(shown, "Date") == ["Tue, 22 Sep 2026 16:12:07 +0200"]
+
+
+@pytest.mark.parametrize("unusable", ["", "not json", "[", "17", "null", "[17]", '{"a": {}}'])
+def test_mailguns_own_fields_stand_in_for_headers_that_cannot_be_read(desk, unusable):
+    posted = parse_qs(read("mailgun/parsed.form").decode())
+    fields = {name: found[0] for name, found in posted.items()}
+    fields |= {"message-headers": unusable, "Auto-Submitted": "auto-replied"}
+    [answer] = deliver(desk, urlencode(fields).encode(), FORM)
+    assert (answer["status"], answer["kind"]) == ("created", "auto-reply")
+    shown = received(desk, answer["ticket"])
+    assert (shown["message_id"], shown["in_reply_to"]) == (MESSAGE_ID, PARENTS[1])
+    assert shown["references"] == PARENTS
+    assert values(shown, "In-Reply-To") == [PARENTS[1]]
+    assert [value.split() for value in values(shown, "References")] == [PARENTS]
+    assert values(shown, "Auto-Submitted") == ["auto-replied"]
+
+
+def test_mailguns_own_fields_do_not_double_the_headers(desk):
+    shown = message(desk, read("mailgun/parsed.form"), FORM)
+    names = [name.lower() for name, _ in shown["headers"]]
+    for name in ("in-reply-to", "references", "message-id", "from", "to", "subject"):
+        assert names.count(name) <= 1, name
+
+
 # Senders ------------------------------------------------------------------------------------------
 
 ENVELOPE_IN_ANY_SPELLING = re.compile(
@@ -426,7 +790,8 @@ ENVELOPE_IN_ANY_SPELLING = re.compile(
 TELL_BARE = ("socketlabs", "cloudmailin normalised", "cloudmailin multipart", "cloudmailin raw",
              "mailgun parsed", "mailgun multipart", "mailgun body-mime", "sendgrid", "sendgrid raw",
              "sparkpost", "mailjet", "ses base64", "ses utf8", "ses raw delivery", "mailersend",
-             "postal", "postal form", "postal raw", "forward email", "canonical")
+             "postal", "postal form", "postal raw", "forward email", "canonical", "improvmx", "mox",
+             "maileroo", "customers mail cloud", "mailcast.io", "cloudmailin deprecated")
 
 
 @shapes(*TELL_BARE, "raw mail", "postmark")
@@ -443,7 +808,7 @@ def test_an_empty_null_sender_is_an_empty_string(desk, shape):
 
 
 @shapes("socketlabs", "cloudmailin normalised", "mailjet", "ses raw delivery", "mailersend",
-        "postal", "forward email", "canonical")
+        "postal", "forward email", "canonical", "improvmx", "mox", "maileroo")
 def test_an_envelope_sender_that_is_json_null_is_unknown(desk, shape):
     body = shape.read().replace(b'"zoe+bounce@customer.example"', b"null")
     assert body != shape.read()
@@ -575,6 +940,145 @@ def test_pings_and_outbound_events_are_answered_and_ignored(desk, path, content_
     ignore(desk, read(path), content_type)
 
 
+MAIL_EVENT = {"email": "zoe@customer.example", "time": 1790000001, "Message_GUID": "f1f1f1f1"}
+EVENTS = {
+    "Resend": [
+        {"type": "email.delivered", "created_at": "2026-09-21T14:13:21Z", "data": {
+            "email_id": "f1f1f1f1", "from": ADDRESS, "to": ["zoe@customer.example"],
+            "subject": "Hello", "message_id": "<out-1@helpdesk.example>"}},
+        {"type": "email.clicked", "data": {"email_id": "f1f1f1f1", "click": {"link": "x"}}},
+        {"type": "contact.created", "data": {"id": "f1f1f1f1", "email": "zoe@customer.example"}},
+        {"type": "domain.updated", "data": {"id": "f1f1f1f1", "name": "helpdesk.example"}}],
+    "MailerSend": [
+        {"type": "activity.delivered", "domain_id": "d1", "webhook_id": "f1f1f1f1",
+         "url": "https://provider.example/", "created_at": "2026-09-21T14:13:21Z",
+         "data": {"object": "activity", "id": "f1f1f1f1", "type": "delivered",
+                  "email": {"object": "email", "from": ADDRESS, "subject": "Hello"}}},
+        {"type": "activity.clicked_unique", "domain_id": "d1", "webhook_id": "f1f1f1f1",
+         "data": {"object": "activity", "id": "f1f1f1f1", "type": "clicked_unique"}}],
+    "Brevo": [
+        {"event": "delivered", "email": "zoe@customer.example", "id": 26224, "ts": 1790000001,
+         "date": "2026-09-21 14:13:21", "message-id": "<out-1@helpdesk.example>",
+         "ts_event": 1790000001, "subject": "Hello", "tags": ["x"], "sending_ip": "192.0.2.1"},
+        {"event": "click", "email": "zoe@customer.example", "id": 26224, "ts": 1790000001,
+         "message-id": "<out-1@helpdesk.example>", "link": "https://helpdesk.example/"},
+        {"event": "contact_updated", "email": "zoe@customer.example", "id": 17,
+         "content": [{"name": "x"}], "ts": 1790000001},
+        {"event": "list_addition", "email": ["zoe@customer.example"], "id": 17, "list_id": [2],
+         "ts": 1790000001}],
+    "SendGrid": [
+        [{"email": "zoe@customer.example", "timestamp": 1790000001, "event": "delivered",
+          "smtp-id": "<out-1@helpdesk.example>", "sg_event_id": "f1", "sg_message_id": "f1f1f1f1"},
+         {"email": "zoe@customer.example", "timestamp": 1790000001, "event": "click",
+          "sg_event_id": "f2", "sg_message_id": "f1f1f1f1", "url": "https://helpdesk.example/"}],
+        [{"event": "open", "sg_message_id": "f1f1f1f1"}]],
+    "Mailjet": [
+        MAIL_EVENT | {"event": "sent", "MessageID": 19421777835146490, "smtp_reply": "250 OK"},
+        MAIL_EVENT | {"event": "click", "MessageID": 17, "url": "https://helpdesk.example/"},
+        [MAIL_EVENT | {"event": "open", "MessageID": 17}, {"event": "sent", "MessageID": 18}]],
+    "Postal": [
+        {"event": "MessageSent", "timestamp": 1790000001.5, "uuid": "f1f1f1f1", "payload": {
+            "status": "Sent", "output": "250 OK", "message": {
+                "id": 12, "token": "f1f1f1f1", "direction": "outgoing", "to": "z@customer.example",
+                "message_id": "out-1@helpdesk.example", "from": ADDRESS, "subject": "Hello"}}},
+        {"event": "MessageLinkClicked", "payload": {}}, {"event": "DomainDNSError", "payload": {}}],
+    "AhaSend": [
+        {"type": "message.delivered", "webhook_id": "f1f1f1f1", "timestamp": "2026-09-21T14:13:21Z",
+         "data": {"account_id": "a1", "event": "on_delivered", "from": ADDRESS,
+                  "recipient": "zoe@customer.example", "subject": "Hello", "id": "f1f1f1f1"}},
+        {"type": "message.clicked", "timestamp": "2026-09-21T14:13:21Z", "data": {"id": "x"}}],
+    "AgentMail": [
+        {"type": "event", "event_type": "message.delivered", "event_id": "f1f1f1f1", "delivery": {
+            "inbox_id": ADDRESS, "message_id": "<out-1@helpdesk.example>"}},
+        {"type": "event", "event_type": "message.sent", "event_id": "f1f1f1f1",
+         "send": {"inbox_id": ADDRESS}},
+        {"type": "event", "event_type": "domain.verified", "event_id": "f1f1f1f1", "domain": {}}],
+    "Lettermint": [
+        {"id": "f1f1f1f1", "event": "message.delivered", "timestamp": "2026-09-21T14:13:21Z",
+         "data": {"message_id": "m1", "recipient": "zoe@customer.example", "metadata": {}}},
+        {"id": "f1f1f1f1", "event": "suppression.added", "data": {"type": "email", "value": "x"}},
+        {"id": "f1f1f1f1", "event": "webhook.test", "data": {"message": "Test"}}],
+    "Inbound.new": [
+        {"event": "email.delivered", "timestamp": "2026-09-21T14:13:21Z",
+         "email": {"id": "f1f1f1f1", "messageId": "<out-1@helpdesk.example>"}, "endpoint": {}}],
+}
+
+
+@pytest.mark.parametrize("body", [
+    pytest.param(body, id=f"{name}-{number}")
+    for name, bodies in EVENTS.items() for number, body in enumerate(bodies)])
+def test_an_event_of_a_listed_provider_is_ignored_and_not_kept(desk, body):
+    ignore(desk, json.dumps(body))
+    assert desk.count("rejected") == 0
+
+
+WAITING = {"id": "f1f1f1f1", "from": "zoe@customer.example", "to": ADDRESS, "subject": SUBJECT}
+METADATA_ONLY = {
+    "Resend": json.loads(read("resend/received.json")),
+    "Mailtrap": {"events": [{
+        "event": "inbound.message_received", "event_id": "f1f1f1f1", "timestamp": 1790000001,
+        "inbound_inbox_id": 17, "message_id": "<CAF+real-id@customer.example>",
+        "from": "zoe@customer.example", "to": [ADDRESS], "subject": SUBJECT}]},
+    "Emailit": {
+        "event_id": "evt_f1f1f1f1", "type": "email.received", "object": WAITING,
+        "data": {"object": WAITING | {"object": "email"}}},
+    "MailSlurp": {
+        "eventName": "NEW_EMAIL", "messageId": "f1f1f1f1-1", "webhookId": "w1", "inboxId": "i1",
+        "emailId": "f1f1f1f1-2", "from": "zoe@customer.example", "to": [ADDRESS], "cc": [],
+        "subject": SUBJECT, "createdAt": "2026-09-21T14:13:21Z", "attachmentMetaDatas": []},
+    "Gmail": {
+        "message": {"messageId": "2070443601311540", "publishTime": "2026-09-21T14:13:21Z",
+                    "data": "eyJlbWFpbEFkZHJlc3MiOiJzdXBwb3J0QGhlbHBkZXNrLmV4YW1wbGUifQ=="},
+        "subscription": "projects/helpdesk/subscriptions/inbound"},
+    "Microsoft Graph": {"value": [{
+        "subscriptionId": "f1f1f1f1", "changeType": "created", "clientState": "x",
+        "subscriptionExpirationDateTime": "2026-09-22T14:13:21Z", "tenantId": "t1",
+        "resource": "Users/u1/Messages/m1", "resourceData": {"id": "m1"}}]},
+    "Nylas": {
+        "specversion": "1.0", "type": "message.created", "source": "/google/emails/realtime",
+        "id": "f1f1f1f1", "time": 1790000001, "webhook_delivery_attempt": 1,
+        "data": {"application_id": "a1", "object": {
+            "id": "m1", "object": "message", "grant_id": "g1", "subject": SUBJECT, "body": HTML,
+            "from": [{"name": "Zoë", "email": "zoe@customer.example"}],
+            "to": [{"name": "", "email": ADDRESS}], "attachments": []}}},
+}
+
+
+@pytest.mark.parametrize("name", METADATA_ONLY)
+def test_a_post_that_only_tells_of_a_mail_is_422_and_names_who_posts_such(desk, name):
+    answer = refuse(desk, METADATA_ONLY[name], 422)
+    assert name in answer["error"]
+    assert len(answer["error"].split()) >= 5
+    assert "fields" not in answer
+
+
+TOKEN = "Validation: Testing client application reachability for subscription f1f1+/f1=="
+ASK = urlencode({"secret": SECRET, "validationToken": TOKEN})
+
+
+def test_microsoft_graph_gets_its_validation_token_back_from_who_holds_the_secret(desk):
+    response = desk.request("", "text/plain; charset=utf-8", url=f"{URL}?{ASK}", headers={})
+    assert (response.status_int, response.content_type) == (200, "text/plain")
+    assert response.body == TOKEN.encode()
+    assert (desk.count("ticket"), desk.count("rejected")) == (0, 0)
+
+
+@pytest.mark.parametrize("query", [
+    ASK.replace(SECRET, "wrong"), ASK.replace(SECRET, ""), urlencode({"validationToken": TOKEN}),
+    f"{ASK}&secret={SECRET}"])
+def test_without_the_secret_no_token_is_sent_back(desk, query):
+    response = desk.request("", "text/plain", url=f"{URL}?{query}", headers={})
+    assert response.status_int == 401
+    assert b"reachability" not in response.body
+
+
+def test_a_token_in_the_url_of_an_ordinary_post_costs_no_mail(desk):
+    # Graph asks with an empty body; a mail is a mail whatever its URL says.
+    url = f"{URL}?{urlencode({'validationToken': ''})}"
+    headers = {"X-Mobieus-Inbound-Secret": SECRET}
+    assert desk.post(desk.mail(), url=url, headers=headers)["status"] == "created"
+
+
 def test_a_subscription_waits_in_rejected_for_the_admin_to_open_its_url(desk):
     ignore(desk, read("ses/confirmation.json"), SNS)
     [(status, body)] = kept(desk)
@@ -621,6 +1125,35 @@ def test_a_broken_member_of_a_batch_costs_only_itself(desk, build):
     assert (desk.count("ticket"), desk.count("rejected")) == (2, 1)
 
 
+def mandrill_of(*broken):
+    return urlencode({"mandrill_events": json.dumps(
+        [{"event": "inbound", "ts": 1790000001, "msg": mail} for mail in broken])}), FORM
+
+
+def sparkpost_of(*broken):
+    return json.dumps([{"msys": {"relay_message": mail}} for mail in broken]), JSON
+
+
+def brevo_of(*broken):
+    first, = json.loads(read("brevo/one.json"))["items"]
+    return json.dumps({"items": [first, *broken]}), JSON
+
+
+@pytest.mark.parametrize("build", [mandrill_of, sparkpost_of, brevo_of])
+def test_one_row_of_rejected_names_the_reasons_of_all_bad_members(desk, build):
+    alone = []
+    for broken in (17, "no object"):
+        deliver(desk, *build(broken))
+        alone += desk.sql("SELECT reason FROM rejected")
+        desk.execute("DELETE FROM rejected")
+    assert len(set(alone)) == 2
+    statuses = [answer["status"] for answer in deliver(desk, *build(17, "no object"))]
+    assert statuses[-2:] == ["quarantined"] * 2
+    [[reason]] = desk.sql("SELECT reason FROM rejected")
+    for [each] in alone:
+        assert each in reason
+
+
 # Forms and charsets -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("charset, word", [
@@ -640,6 +1173,26 @@ def test_a_sendgrid_post_whose_charsets_are_no_json_is_still_a_mail(desk):
     body = re.sub(rb'\{"to": "UTF-8".*?\}', b"not json", sendgrid(text=(TEXT, "utf-8")))
     assert b"not json" in body
     assert message(desk, body, MULTIPART)["message_id"] == MESSAGE_ID
+
+
+@pytest.mark.parametrize("named", [b"", b'; filename=""'])
+def test_a_sendgrid_file_without_a_name_has_the_name_of_its_attachment_info(desk, named):
+    body = sendgrid()
+    for name in (b"rechnung.pdf", b"logo.png"):
+        assert body.count(b'; filename="%s"' % name) == 1
+        body = body.replace(b'; filename="%s"' % name, named)
+    assert record(message(desk, body, MULTIPART)) == expected()
+
+
+def test_every_file_of_a_mailgun_content_id_map_with_repeated_keys_has_its_id(desk):
+    body = mailgun_multipart(("attachment-3", b"x", "again.png", "image/png")).replace(
+        b'{"<logo@customer.example>": "attachment-2"}',
+        b'{"": "attachment-1", "<logo@customer.example>": "attachment-2",'
+        b' "<logo@customer.example>": "attachment-3"}')
+    shown = message(desk, body, MULTIPART)
+    ids = {file["filename"]: file["content_id"] or "" for file in shown["attachments"]}
+    logo = "logo@customer.example"
+    assert ids == {"rechnung.pdf": "", "logo.png": logo, "again.png": logo}
 
 
 PARTS = [
@@ -844,7 +1397,7 @@ def test_no_attachment_name_in_a_raw_mail_or_a_form_is_a_path(desk, name):
             assert file["filename"] and not set(file["filename"]) & set("/\\")
 
 
-@pytest.mark.parametrize("content", ["%%%", "abc", "ö"])
+@pytest.mark.parametrize("content", ["%%%", "abcde", "ö", "data:", "data:text/plain;base64,%%%"])
 def test_an_attachment_that_cannot_be_decoded_is_listed_with_a_note(desk, content):
     shown = message(desk, desk.mail(attachments=[{"filename": "a.bin", "content": content}]))
     [file] = shown["attachments"]
@@ -858,12 +1411,47 @@ def test_base64_may_hold_white_space(desk, content):
     assert shown["attachments"][0]["sha256"] == digest(b"ABC")
 
 
+BINARY = base64.b64decode("++//Pj8=")
+
+
+@pytest.mark.parametrize("content", [
+    "++//Pj8=", "++//Pj8", "--__Pj8=", "--__Pj8", "data:application/pdf;base64,++//Pj8=",
+    "data:;base64,--__Pj8", "data:text/plain;charset=utf-8;base64,\r\n++//Pj8="])
+def test_base64_may_lack_padding_be_url_safe_or_stand_in_a_data_uri(desk, content):
+    shown = message(desk, desk.mail(attachments=[{"filename": "a.bin", "content": content}]))
+    [file] = shown["attachments"]
+    assert (file["size"], file["sha256"], file["note"] or "") == (5, digest(BINARY), "")
+
+
 # Content types ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("content_type", [
     JSON, "text/plain", "text/plain; charset=UTF-8", "", "Application/JSON; charset=utf-8"])
 def test_json_is_known_by_its_body_under_the_content_types_that_it_comes_in(desk, content_type):
     assert message(desk, json.dumps(desk.mail()), content_type)["subject"] == "Printer on fire"
+
+
+@pytest.mark.parametrize("content_type", [
+    "application/vnd.mail+json", "application/cloudevents+json; charset=utf-8",
+    "Application/LD+JSON"])
+def test_json_of_a_kind_is_json(desk, content_type):
+    assert message(desk, json.dumps(desk.mail()), content_type)["subject"] == "Printer on fire"
+
+
+@pytest.mark.parametrize("content_type", ["message/global", "message/global; charset=utf-8"])
+def test_a_mail_in_utf8_as_a_whole_is_a_raw_mail(desk, content_type):
+    # RFC 6532 3.7: message/global is what message/rfc822 is, with UTF-8 in its headers.
+    body = ("From: Zoë Müller <zoë@customer.example>\r\nSubject: Größe\r\n"
+            "Message-ID: <1@customer.example>\r\n\r\n50 €\r\n").encode()
+    shown = message(desk, body, content_type)
+    assert (shown["subject"], shown["from_name"], shown["text"].strip()) == (
+        "Größe", "Zoë Müller", "50 €")
+
+
+@pytest.mark.parametrize("content_type", [MIME, "message/global"])
+@pytest.mark.parametrize("body", [b"", b"\r\n \r\n"])
+def test_an_empty_raw_mail_is_told_that_it_is_empty(desk, body, content_type):
+    assert "empty" in refuse(desk, body, 400, content_type)["error"]
 
 
 def test_a_byte_order_mark_before_json_does_no_harm(desk):
@@ -906,9 +1494,73 @@ def test_a_canonical_body_without_from_or_message_id_is_422_and_names_them(desk,
         assert set(answer["fields"].values()) == {"required"}
 
 
-@pytest.mark.parametrize("body", ["{}", '{"a": 1}', '{"subject": "Hello"}'])
-def test_an_object_of_nobody_is_read_as_a_canonical_body(desk, body):
+@pytest.mark.parametrize("body", [
+    "{}", '{"subject": "Hello"}', '{"a": 1, "text": "Hello"}', '{"from": null}', '{"headers": {}}'])
+def test_an_object_with_any_canonical_name_is_read_as_a_canonical_body(desk, body):
     assert set(refuse(desk, body, 422)["fields"]) == {"from", "message_id"}
+
+
+@pytest.mark.parametrize("body", [
+    {"a": 1}, {"absender": "zoe@customer.example", "betreff": "Hallo"}, {"mail": {"from": "a@b.c"}},
+    {"Subject": "Hello"}, {"data": {"from": "zoe@customer.example", "text": "Hello"}}])
+def test_json_that_nobody_posts_is_422_and_told_how_to_describe_it(desk, body):
+    answer = refuse(desk, body, 422)
+    assert answer["error"].startswith("no known provider posts this")
+    for word in ("provider", "canonical", "kept"):
+        assert word in answer["error"]
+    assert "fields" not in answer
+
+
+MAILBOX = "Zoë Müller, Sales", "zoe@customer.example"
+MAILBOXES = [
+    {"name": MAILBOX[0], "address": MAILBOX[1]}, {"name": MAILBOX[0], "email": MAILBOX[1]},
+    [{"name": MAILBOX[0], "address": MAILBOX[1]}], [{"name": MAILBOX[0], "email": MAILBOX[1]}],
+    [FROM], FROM, '"Zoë Müller, Sales" &lt;zoe@customer.example&gt;',
+    "=?utf-8?q?Zo=C3=AB_M=C3=BCller=2C_Sales?= &lt;zoe@customer.example&gt;"]
+
+
+@pytest.mark.parametrize("written", MAILBOXES)
+def test_a_canonical_from_may_be_an_object_a_list_or_escaped(desk, written):
+    shown = message(desk, desk.mail(**{"from": written}))
+    assert (shown["from_name"], shown["from"]) == MAILBOX
+
+
+@pytest.mark.parametrize("written", [
+    {"address": MAILBOX[1]}, [{"email": MAILBOX[1], "name": None}],
+    {"name": "", "email": MAILBOX[1]},
+    "&lt;zoe@customer.example&gt;", "&lt;zoe@customer.example>"])
+def test_a_canonical_from_needs_no_name(desk, written):
+    shown = message(desk, desk.mail(**{"from": written}))
+    assert (shown["from_name"] or "", shown["from"]) == ("", MAILBOX[1])
+
+
+@pytest.mark.parametrize("unusable", [{"a": 1}, {}, [], [{}], [17], {"name": "Zoe"}])
+def test_a_canonical_from_without_an_address_in_it_is_422_and_named(desk, unusable):
+    assert set(refuse(desk, desk.mail(**{"from": unusable}), 422)["fields"]) == {"from"}
+
+
+@pytest.mark.parametrize("field", ["to", "cc"])
+@pytest.mark.parametrize("written", MAILBOXES)
+def test_canonical_recipients_may_be_objects_lists_or_escaped(desk, field, written):
+    assert MAILBOX[1] in json.dumps(message(desk, desk.mail(**{field: written}))[field])
+
+
+def test_several_canonical_recipients_are_all_kept(desk):
+    written = [{"name": "Support", "address": ADDRESS}, "Ada <ada@customer.example>",
+               {"email": "bob@customer.example"}]
+    kept_as = json.dumps(message(desk, desk.mail(to=written))["to"])
+    for address in (ADDRESS, "ada@customer.example", "bob@customer.example"):
+        assert kept_as.count(address) == 1
+
+
+@pytest.mark.parametrize("field", ["to", "cc"])
+def test_canonical_recipients_fall_back_to_the_headers(desk, field):
+    headers = {field.title(): "Support <support@helpdesk.example>, ada@customer.example"}
+    shown = message(desk, desk.mail(headers=headers))[field]
+    own = {"headers": {field.title(): "other@helpdesk.example"}, field: headers[field.title()],
+           "message_id": "<second@customer.example>", "text": "Another."}
+    assert message(desk, desk.mail(**own))[field] == shown
+    assert "ada@customer.example" in json.dumps(shown) and ADDRESS in json.dumps(shown)
 
 
 WRONG = {"from": {"a": 1}, "message_id": ["x"], "subject": {"a": 1}, "text": ["x"],
@@ -981,3 +1633,116 @@ def test_parents_are_found_in_the_headers_too(desk, headers):
     ({"from": "<a@customer.example>"}, "a@customer.example")])
 def test_the_canonical_envelope_tells_null_from_unknown(desk, envelope, read_as):
     assert message(desk, desk.mail(envelope=envelope))["envelope_from"] == read_as
+
+
+# Providers of an admin's own ----------------------------------------------------------------------
+
+OURS = {"from": "absender", "subject": "betreff", "text": "inhalt", "message_id": "mid"}
+POST = {"absender": FROM, "betreff": SUBJECT, "inhalt": TEXT, "mid": MESSAGE_ID, "nummer": 17}
+
+
+def describe(desk, fields, name="Ours"):
+    """Add a row of `provider` as an admin would."""
+    fields = fields if isinstance(fields, str) else json.dumps(fields)
+    desk.execute("INSERT INTO provider (name, fields) VALUES (?, ?)", name, fields)
+
+
+def test_a_row_of_provider_is_in_force_for_the_next_request_and_gone_with_it(desk):
+    refuse(desk, POST, 422)
+    describe(desk, OURS)
+    shown = message(desk, POST)
+    assert (shown["from"], shown["from_name"]) == MAILBOX
+    assert (shown["subject"], shown["text"].strip()) == (SUBJECT, TEXT.strip())
+    assert (shown["message_id"], shown["envelope_from"]) == (MESSAGE_ID, None)
+    assert deliver(desk, POST)[0]["status"] == "duplicate"
+    desk.execute("UPDATE provider SET fields = replace(fields, 'absender', 'von')")
+    assert send(desk, json.dumps(POST)).status_int == 422
+    desk.execute("UPDATE provider SET fields = replace(fields, 'von', 'absender')")
+    assert deliver(desk, POST)[0]["status"] == "duplicate"
+    desk.execute("DELETE FROM provider")
+    assert send(desk, json.dumps(POST)).status_int == 422
+
+
+def test_paths_lead_through_objects_and_lists(desk):
+    describe(desk, {"from": "mails.0.von.adresse", "subject": "mails.0.betreff.1",
+                    "message_id": "mails.0.kopf.id", "text": "mails.0.teile.0.text",
+                    "headers": "mails.0.kopfzeilen", "attachments": "mails.0.anlagen",
+                    "in_reply_to": "mails.0.kopf.antwort", "references": "mails.0.kopf.bezug"})
+    canonical = json.loads(read("canonical/mail.json"))
+    shown = message(desk, {"mails": [{
+        "von": {"adresse": FROM}, "betreff": ["Alt", SUBJECT], "teile": [{"text": TEXT}],
+        "kopf": {"id": MESSAGE_ID, "antwort": PARENTS[1], "bezug": PARENTS},
+        "kopfzeilen": [{"key": "X-Seen", "value": "one"}, {"key": "X-Seen", "value": "two"}],
+        "anlagen": canonical["attachments"]}]})
+    assert record(shown) == expected(envelope_from=None)
+
+
+@pytest.mark.parametrize("mid", ["", None, "  "])
+def test_a_described_post_with_an_empty_message_id_gets_one(desk, mid):
+    describe(desk, OURS)
+    assert message(desk, POST | {"mid": mid})["message_id"].endswith("@missing.invalid>")
+    assert deliver(desk, POST | {"mid": mid})[0]["status"] == "duplicate"
+
+
+@pytest.mark.parametrize("field", ["betreff", "inhalt", "absender"])
+@pytest.mark.parametrize("odd", [None, 17, True, "", [], ["x"], {}, {"a": 1}])
+def test_no_odd_part_of_a_described_post_costs_the_mail(desk, field, odd):
+    describe(desk, OURS)
+    [answer] = deliver(desk, POST | {field: odd})
+    assert (answer["status"], desk.count("rejected")) == ("created", 0)
+
+
+@pytest.mark.parametrize("absent", ["absender", "mid"])
+def test_a_post_without_the_paths_of_from_and_message_id_is_still_unknown(desk, absent):
+    describe(desk, OURS)
+    body = {name: value for name, value in POST.items() if name != absent}
+    assert refuse(desk, body, 422)["error"].startswith("no known provider posts this")
+
+
+def test_a_described_post_is_no_canonical_body(desk):
+    describe(desk, {"from": "from", "text": "text", "message_id": "id"})
+    body = {"from": FROM, "text": "Hallo", "id": MESSAGE_ID}
+    assert message(desk, body)["message_id"] == MESSAGE_ID
+
+
+@shapes("postmark", "ahasend", "mox", "postal")
+def test_a_row_never_takes_the_post_of_a_provider_that_we_know(desk, shape):
+    for number, fields in enumerate([
+            {"from": "FromFull.Email", "message_id": "MessageID", "text": "MessageStream"},
+            {"from": "data.to", "message_id": "data.id"},
+            {"from": "Meta.RcptTo", "message_id": "Meta.MsgID"},
+            {"from": "to", "message_id": "id"}]):
+        describe(desk, fields, f"Ours {number}")
+    assert record(message(desk, shape.read())) == expected(**shape.differs)
+
+
+@pytest.mark.parametrize("fields", [
+    "", "x", "17", '"a"', "null", "true", "[]", '["from"]', "{", None])
+def test_fields_that_are_no_json_object_are_refused_by_the_schema(desk, fields):
+    describe(desk, OURS)
+    with pytest.raises(sqlite3.IntegrityError):
+        desk.execute("INSERT INTO provider (name, fields) VALUES ('Ours', ?)", fields)
+
+
+SENSELESS = [
+    {}, {"from": 17, "message_id": ["mid"]}, {"from": None, "message_id": {}}, {"x": "y"},
+    {"from": "", "message_id": ""}, {"from": "...", "message_id": "."}, {"subject": "betreff"},
+    {"from": "absender", "message_id": True}, {"from": "absender.0.x", "message_id": "mid.-1"},
+    {"FROM": "absender", "Message-ID": "mid"}]
+
+
+@pytest.mark.parametrize("fields", SENSELESS)
+def test_a_senseless_row_costs_no_mail_neither_ours_nor_theirs(desk, fields):
+    describe(desk, fields, "Senseless")
+    describe(desk, OURS)
+    assert record(message(desk, read("postmark/message.json"))) == expected()
+    assert message(desk, desk.mail())["subject"] == "Printer on fire"
+    assert message(desk, POST | {"mid": "<own@customer.example>"})["subject"] == SUBJECT
+    assert desk.count("rejected") == 0
+
+
+@pytest.mark.parametrize("fields", [{"from": 17, "message_id": "mid"}, {"x": "y"}, {}])
+def test_the_doctor_names_a_row_that_makes_no_sense(desk, capsys, fields):
+    describe(desk, fields, "Senseless")
+    inbound.main(["--db", str(desk.path), "doctor"], clock=desk.clock)
+    assert "Senseless" in capsys.readouterr().out

@@ -15,12 +15,14 @@ import subprocess
 import sys
 import threading
 
-import inbound
 import pytest
-from conftest import SECRET, URL
+
+import inbound
+from conftest import SECRET, URL, WRONG
+
+pytestmark = pytest.mark.slow
 
 STORED, USAGE, DATA, LATER, DENIED = 0, 2, 65, 75, 77       # sysexits.h says so
-WRONG = "not-the-secret-of-the-tests"
 CLEAN = {name: value for name, value in os.environ.items()
          if not re.search("(?i)^inbound_|_proxy$|^sender$", name)}
 MAIL = (b"From: Ada Lovelace <ada@customer.example>\r\nSubject: Printer on fire\r\n"
@@ -34,7 +36,7 @@ def mail(number, extra=b""):
 
 
 @pytest.fixture
-def relay(tmp_path):
+def pipe(tmp_path):
     """Run `relay URL`, assert its exit code (None: any but 0), return what it said."""
     here = tmp_path / "queue"
     here.mkdir()
@@ -111,14 +113,14 @@ def envelopes(desk):
 
 # The mail -----------------------------------------------------------------------------------------
 
-def test_a_mail_becomes_a_ticket_and_its_repeat_changes_nothing(desk, endpoint, relay):
-    first = json.loads(relay(endpoint, "--sender", "bounce@customer.example"))
+def test_a_mail_becomes_a_ticket_and_its_repeat_changes_nothing(desk, endpoint, pipe):
+    first = json.loads(pipe(endpoint, "--sender", "bounce@customer.example"))
     assert first["status"] == "created"
     message = desk.show(first["ticket"])["messages"][0]
     assert (message["subject"], message["text"].strip()) == ("Printer on fire", "It burns.")
     assert (message["from"], message["envelope_from"]) == (
         "ada@customer.example", "bounce@customer.example")
-    again = json.loads(relay(endpoint, "--sender", "bounce@customer.example"))
+    again = json.loads(pipe(endpoint, "--sender", "bounce@customer.example"))
     assert (again["status"], again["ticket"]) == ("duplicate", first["ticket"])
     assert (desk.count("ticket"), envelopes(desk)) == (1, ["bounce@customer.example"])
 
@@ -143,10 +145,10 @@ SENDERS = [
 ]
 
 
-def test_the_envelope_sender_is_the_option_else_the_variable_else_unknown(desk, endpoint, relay):
+def test_the_envelope_sender_is_the_option_else_the_variable_else_unknown(desk, endpoint, pipe):
     for number, (argv, variable, _) in enumerate(SENDERS):
         env = {} if variable is None else {"SENDER": variable}
-        relay(endpoint, *argv, content=mail(number), **env)
+        pipe(endpoint, *argv, content=mail(number), **env)
     assert envelopes(desk) == [expected for *_, expected in SENDERS]
 
 
@@ -164,9 +166,9 @@ PATHS = [
 ]
 
 
-def test_a_return_path_that_the_sender_wrote_counts_for_nothing(desk, endpoint, relay):
+def test_a_return_path_that_the_sender_wrote_counts_for_nothing(desk, endpoint, pipe):
     for number, (argv, above, below, _) in enumerate(PATHS):
-        relay(endpoint, *argv, content=above + mail(number, below))
+        pipe(endpoint, *argv, content=above + mail(number, below))
     assert envelopes(desk) == [expected for *_, expected in PATHS]
 
 
@@ -174,9 +176,9 @@ def test_a_return_path_that_the_sender_wrote_counts_for_nothing(desk, endpoint, 
     b"From ada@customer.example Mon Sep  1 10:00:00 2025\n",
     b"From MAILER-DAEMON Mon Sep  1 10:00:00 2025\r\n",
     b">From ada@customer.example  Mon Sep  1 10:00:00 2025 remote from mx\nFrom x\n"])
-def test_an_mbox_line_before_the_headers_is_no_part_of_the_mail(desk, endpoint, relay, line):
+def test_an_mbox_line_before_the_headers_is_no_part_of_the_mail(desk, endpoint, pipe, line):
     content = line + MAIL + b"From here on it is text.\r\n"
-    answer = json.loads(relay(endpoint, "--sender=a@b.example", content=content))
+    answer = json.loads(pipe(endpoint, "--sender=a@b.example", content=content))
     message = desk.show(answer["ticket"])["messages"][0]
     assert message["headers"] == [
         ["Return-Path", "<a@b.example>"], ["From", "Ada Lovelace <ada@customer.example>"],
@@ -184,10 +186,10 @@ def test_an_mbox_line_before_the_headers_is_no_part_of_the_mail(desk, endpoint, 
     assert message["text"].splitlines() == ["It burns.", "From here on it is text."]
 
 
-def test_eight_bit_bytes_arrive_unchanged(desk, endpoint, relay):
+def test_eight_bit_bytes_arrive_unchanged(desk, endpoint, pipe):
     content = bytes(range(128, 256)) * 8 + b"\r\n\0\r\n.\r\n\xff"
     head = MAIL.partition(b"\r\n\r\n")[0]
-    answer = json.loads(relay(endpoint, "--sender=", content=head + b"""
+    answer = json.loads(pipe(endpoint, "--sender=", content=head + b"""
 Content-Type: multipart/mixed; boundary=b\n\n--b
 Content-Type: text/plain; charset=iso-8859-1\nContent-Transfer-Encoding: 8bit\n
 Gr\xfc\xdfe\n--b
@@ -200,20 +202,20 @@ Content-Type: application/octet-stream; name=raw.bin\nContent-Transfer-Encoding:
     assert file["sha256"] == hashlib.sha256(content).hexdigest()
 
 
-def test_the_post_is_the_mail_byte_for_byte_below_its_return_path(relay, scripted):
+def test_the_post_is_the_mail_byte_for_byte_below_its_return_path(pipe, scripted):
     server = scripted(page(200, '{"status": "created"}'))
     content = MAIL + bytes(range(256)) + b"\n\r\r\n.\n"
-    relay(server.url, "--sender=a@b.example", content=content)
-    relay(server.url, content=content)
+    pipe(server.url, "--sender=a@b.example", content=content)
+    pipe(server.url, content=content)
     assert [body for *_, body in server.asked] == [
         b"Return-Path: <a@b.example>\r\n" + content, content]
     assert {headers["Content-Type"] for _, headers, _ in server.asked} == {"message/rfc822"}
 
 
-def test_relay_neither_needs_nor_makes_a_database(endpoint, relay):
-    relay(endpoint, INBOUND_DB="/nonexistent/inbound.db")
-    relay(endpoint)
-    assert [*relay.here.iterdir()] == []
+def test_relay_neither_needs_nor_makes_a_database(endpoint, pipe):
+    pipe(endpoint, INBOUND_DB="/nonexistent/inbound.db")
+    pipe(endpoint)
+    assert [*pipe.here.iterdir()] == []
 
 
 # The secret ---------------------------------------------------------------------------------------
@@ -237,17 +239,17 @@ SECRETS = [
 
 @pytest.mark.parametrize("argv, variable, content, code", SECRETS)
 def test_the_secret_is_the_variables_else_the_files(
-        desk, endpoint, relay, argv, variable, content, code):
+        desk, endpoint, pipe, argv, variable, content, code):
     if content is not None:
-        (relay.here / "FILE").write_bytes(content)
-    said = relay(endpoint, *argv, code=code, INBOUND_SECRET=variable)
+        (pipe.here / "FILE").write_bytes(content)
+    said = pipe(endpoint, *argv, code=code, INBOUND_SECRET=variable)
     assert desk.count("ticket") == (code == STORED)
     assert said.strip() and WRONG not in said
 
 
-def test_without_an_option_the_file_is_inbound_secret_here(desk, endpoint, relay):
-    (relay.here / "inbound.secret").write_text(SECRET + "\n")
-    relay(endpoint, INBOUND_SECRET="")
+def test_without_an_option_the_file_is_inbound_secret_here(desk, endpoint, pipe):
+    (pipe.here / "inbound.secret").write_text(SECRET + "\n")
+    pipe(endpoint, INBOUND_SECRET="")
     assert desk.count("ticket") == 1
 
 
@@ -264,9 +266,9 @@ ARGUMENTS = [
 
 @pytest.mark.parametrize("query, words, code", ARGUMENTS)
 def test_the_secret_is_never_taken_from_the_command_line(
-        desk, endpoint, relay, query, words, code):
+        desk, endpoint, pipe, query, words, code):
     argv = [word.format(SECRET) for word in (endpoint + query, *words)]
-    relay(*argv, code=code, INBOUND_SECRET="", INBOUND_DB=str(desk.path))
+    pipe(*argv, code=code, INBOUND_SECRET="", INBOUND_DB=str(desk.path))
     assert desk.count("ticket") == 0
 
 
@@ -280,10 +282,10 @@ SAID = [
 
 
 @pytest.mark.parametrize("argv, content", SAID)
-def test_no_complaint_shows_the_secret(desk, endpoint, relay, argv, content):
+def test_no_complaint_shows_the_secret(desk, endpoint, pipe, argv, content):
     if content:
-        (relay.here / "inbound.secret").write_text(content, "utf-8")
-    said = relay(endpoint, *argv, code=None, INBOUND_SECRET="", INBOUND_DB=str(desk.path))
+        (pipe.here / "inbound.secret").write_text(content, "utf-8")
+    said = pipe(endpoint, *argv, code=None, INBOUND_SECRET="", INBOUND_DB=str(desk.path))
     assert SECRET not in said
 
 
@@ -330,46 +332,46 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize("code, answer", ANSWERS, ids=lambda value: str(value)[:40])
-def test_each_answer_has_its_exit_code(relay, scripted, code, answer):
+def test_each_answer_has_its_exit_code(pipe, scripted, code, answer):
     server = scripted(answer)
-    relay(server.url, code=code)
+    pipe(server.url, code=code)
     assert server.asked[0][0] == "POST"
 
 
-def test_a_refused_connection_is_for_later(relay):
+def test_a_refused_connection_is_for_later(pipe):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    assert "refused" in relay(f"http://127.0.0.1:{port}{URL}", code=LATER)
+    assert "refused" in pipe(f"http://127.0.0.1:{port}{URL}", code=LATER)
 
 
 @pytest.mark.parametrize("url, code", [
     ("127.0.0.1:9", LATER), ("http:///x", LATER), ("gopher://127.0.0.1/", LATER),
     ("http://[::1/", LATER), ("http://127.0.0.1:9/a b", LATER),
     ("http://127.0.0.1:port/", LATER)])
-def test_a_url_that_cannot_be_posted_to_keeps_the_mail(relay, url, code):
-    relay(url, code=code)
+def test_a_url_that_cannot_be_posted_to_keeps_the_mail(pipe, url, code):
+    pipe(url, code=code)
 
 
-def test_a_desk_without_a_secret_says_503_and_the_mail_waits(desk, endpoint, relay):
+def test_a_desk_without_a_secret_says_503_and_the_mail_waits(desk, endpoint, pipe):
     desk.execute("UPDATE email_account SET inbound_secret = NULL")
-    assert "no secret is set" in relay(endpoint, code=LATER)
+    assert "no secret is set" in pipe(endpoint, code=LATER)
     desk.execute("UPDATE email_account SET inbound_secret = ?", SECRET)
-    relay(endpoint)
+    pipe(endpoint)
     assert desk.count("ticket") == 1
 
 
-def test_a_mail_over_the_limit_is_refused_for_good(desk, serve, relay):
+def test_a_mail_over_the_limit_is_refused_for_good(desk, serve, pipe):
     url = f"http://127.0.0.1:{serve(env={'INBOUND_MAX_BODY': '1000'}).port}{URL}"
-    relay(url, code=DATA, content=MAIL + b"x" * 2000)
+    pipe(url, code=DATA, content=MAIL + b"x" * 2000)
     assert desk.count("ticket") == 0
-    relay(url)
+    pipe(url)
     assert desk.count("ticket") == 1
 
 
 @pytest.mark.parametrize("status", [
     301, 302, 303, 307, 308])
-def test_a_redirect_does_not_carry_the_secret_elsewhere(relay, scripted, status):
+def test_a_redirect_does_not_carry_the_secret_elsewhere(pipe, scripted, status):
     elsewhere = scripted(page(200, OURS))
     server = scripted(page(status, "", f"Location: {elsewhere.url}"))
-    relay(server.url, code=LATER)
+    pipe(server.url, code=LATER)
     assert len(server.asked) == 1 and elsewhere.asked == []
