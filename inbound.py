@@ -2180,14 +2180,13 @@ def from_version_1(db: DB, path: str) -> None:
     what stands in the file is what schema.sql says. An admin's own signs mean nothing any more;
     they are kept to be read.
     """
-    names = {row["name"]: row["type"] for row in db.execute(
-        "SELECT name, type FROM sqlite_schema WHERE sql IS NOT NULL")}
-    if "valid_secret" not in names:
+    parts = db.execute("""SELECT name, type FROM sqlite_schema
+        WHERE type <> 'table' AND sql IS NOT NULL""").fetchall()
+    if not any(part["name"] == "valid_secret" for part in parts):
         raise Refused(503, f"{path!r} comes from no released version of inbound")
     providers = db.execute(OWN_PROVIDERS_1).fetchall()
-    for name, kind in names.items():
-        if kind != "table":
-            db.execute(f'DROP {kind} "{name}"')
+    for part in parts:      # a view's triggers go with it
+        db.execute('DROP {type} IF EXISTS "{name}"'.format(**part))
     db.execute("DROP TABLE provider")
     db.execute("DROP TABLE command")
     db.execute("PRAGMA legacy_alter_table = ON")    # references keep their tables' names
@@ -2201,6 +2200,8 @@ def from_version_1(db: DB, path: str) -> None:
             f'"{row["name"]}"' for row in db.execute(f"PRAGMA table_info(old_{name})"))
         db.execute(f"INSERT OR REPLACE INTO {name} ({columns}) SELECT {columns} FROM old_{name}")
         db.execute(f"DROP TABLE old_{name}")
+    if not db.execute("SELECT 1 FROM sign_of_version_1").fetchone():
+        db.execute("DROP TABLE sign_of_version_1")
     for row in providers:
         pairs = [word.partition("=") for word in row["fields"].split()]
         fields = {name: path or name for name, _, path in pairs}
