@@ -327,7 +327,7 @@ def receive(store: Store, post: Post) -> tuple[str, Row]:
             store.write(keep, safe(post), refusal.status, reason)
         raise Refused(refusal.status, reason, faults) from None
     except Exception as error:
-        answers = store.write(file_post, post, [fault_of(error, post, reading)], safe(post))
+        answers = store.write(file_post, post, [fault_of(error, post, reading.provider)], safe(post))
     if not answers:
         if reading.is_kept:
             store.write(keep, safe(post), 200, reading.notice)
@@ -364,13 +364,13 @@ def understand(reading: Reading, member: Any, post: Post) -> Filing | str:
     except Refused:
         raise
     except Exception as error:
-        return fault_of(error, post, reading)
+        return fault_of(error, post, reading.provider)
 
 
-def fault_of(error: Exception, post: Post, reading: Reading) -> str:
+def fault_of(error: Exception, post: Post, where: str) -> str:
     """What is kept of an unexpected error: enough to look for, too little to leak a mail."""
     words = printable(f"{type(error).__name__}: {error}"[:180])
-    return starred(post.account, f"{words} ({reading.provider})")
+    return starred(post.account, f"{words} ({where})")
 
 
 def health(store: Store) -> Answer:
@@ -1583,20 +1583,23 @@ class Evidence:
     """What the signs look at, of a message."""
 
     def __init__(self, message: Message):
-        self.message = message
         self.headers: dict[str, list[str]] = {}     # by lower-case name, values as written
         for name, value in message.headers:
             self.headers.setdefault(name.lower(), []).append(value[:2000])
         self.author = local_part(message.from_address) if message.from_count else ""
-        self.sender = local_part(message.envelope_from or "")   # of MAIL FROM; "" = unknown too
+        self.envelope_from = (message.envelope_from or "").lower()      # "" = null or unknown
+        self.sender = local_part(self.envelope_from)
         self.is_null = message.envelope_from == ""
         self.subject = message.subject[:2000]
+        self.types = {attachment.content_type for attachment in message.attachments}
+        self.verdicts = message.verdict.split("\n")
 
     def first(self, name: str) -> str:
         return self.headers.get(name, [""])[0]
 
 
 Test = Callable[[Evidence], object]
+Sign = tuple[str, Test, str]        # kind, whether it holds, reason in words with the source
 
 
 def keyword(value: str) -> str:
@@ -1611,11 +1614,7 @@ def keyword(value: str) -> str:
     return value.partition(";")[0].strip(' \t:"\'').lower()
 
 
-def whole(value: str) -> str:
-    return value
-
-
-def matching(names: str, pattern: str, by: Callable[[str], str] = keyword) -> Test:
+def matching(names: str, pattern: str, by: Callable[..., str] = keyword) -> Test:
     """Whether of these headers (lower case) a value, read by `by`, matches as a whole."""
     compiled = re.compile(pattern, re.I)
     keys = names.split()
@@ -1630,36 +1629,30 @@ def matching(names: str, pattern: str, by: Callable[[str], str] = keyword) -> Te
     return holds
 
 
-@dataclass(frozen=True)
-class Sign:
-    """What it means that `holds`; kind human: a person's mail that is not to be confirmed."""
-
-    kind: str
-    holds: Test
-    reason: str                         # in words, with the source
-
-
 def header(kind: str, names: str, pattern: str, reason: str,
-           by: Callable[[str], str] = keyword) -> Sign:
-    return Sign(kind, matching(names, pattern, by), reason)
+           by: Callable[..., str] = keyword) -> Sign:
+    return kind, matching(names, pattern, by), reason
 
 
 def any_of(*phrases: str) -> str:
     return "(?:" + "|".join(phrases) + ")"
 
 
-DAEMON = re.compile("mailer-daemon|mail-daemon|mdaemon")
-POSTMASTER = re.compile("post[-_.]?master")
-LIST_SENDER = re.compile(any_of(
+DAEMON = "mailer-daemon|mail-daemon|mdaemon"
+POSTMASTER = "post[-_.]?master"
+LIST_SENDER = any_of(
     "owner-.+", ".+[-+]owner(?:[-+].*)?", ".+-request", ".+-bounces?", "bounces?(?:[+=-].*)?",
-    ".*noreply.*", "(?:.*[-_.+])?no[-_.]repl(?:y|ies).*"))
-NEVER_ANSWERED = re.compile(any_of(
-    LIST_SENDER.pattern, DAEMON.pattern, POSTMASTER.pattern, ".*do[-_.]?not[-_.]?reply.*",
+    ".*noreply.*", "(?:.*[-_.+])?no[-_.]repl(?:y|ies).*")
+is_daemon = re.compile(DAEMON).fullmatch
+is_postmaster = re.compile(POSTMASTER).fullmatch
+is_list_sender = re.compile(LIST_SENDER).fullmatch
+is_never_answered = re.compile(any_of(
+    LIST_SENDER, DAEMON, POSTMASTER, ".*do[-_.]?not[-_.]?reply.*",
     "mailerdaemon", "no[-_.]?respond.*", "auto[-_.]?(?:reply|responder)", "nobody", "abuse",
     "root", "listserv", "majordomo", "mailman", "feedbackloop",
-    "(?:prvs|srs[01])=.*"))     # rewritten envelopes, no one's mailbox
+    "(?:prvs|srs[01])=.*")).fullmatch       # rewritten envelopes, no one's mailbox
 REPLY = r"(?!\s*(?:re|aw|sv|antw(?:ort)?|res|fwd?|wg|tr|rv|enc|i)\s*:)"    # what it is not
-VACATION_SUBJECT = re.compile(REPLY + any_of(
+is_vacation = re.compile(REPLY + any_of(
     r"(?:\[[^\]]*\]\s*)*" + any_of(
         "automatic reply", "auto(?:matic)?[- ]?(?:reply|response)",
         "out of (?:the )?office(?: autoreply| reply)?",
@@ -1672,68 +1665,51 @@ VACATION_SUBJECT = re.compile(REPLY + any_of(
         "автоматический ответ", "自動応答", "自动回复", "自動回覆",
     ) + r"\s*(?:[:：].*|$)",
     r"(?:\[[^\]]*\]\s*)*auto\s*[:：].*",
-    r".* is out of the office(?:\.| until .*| ?\(returning.*)?"), re.I)
-MAYBE_VACATION_SUBJECT = re.compile(REPLY + ".*" + any_of(
+    r".* is out of the office(?:\.| until .*| ?\(returning.*)?"), re.I).fullmatch
+may_be_vacation = re.compile(REPLY + ".*" + any_of(
     "fuera de (?:la )?oficina", "fora do escritório", r"\bausência\b", r"\bausencia\b",
     r"\bis out of (?:the )?office(?=\W*$)", r"\best absente?\b", "message d['’]absence",
-    r"\babwesend\b") + ".*", re.I)
-BOUNCE_SUBJECT = re.compile(REPLY + ".*" + any_of(
+    r"\babwesend\b") + ".*", re.I).fullmatch
+is_bounce = re.compile(REPLY + ".*" + any_of(
     "undeliver", "returned mail", "failure notice", "unzustellbar", "non remis",
     "delivery (?:status notification|failure|has failed|incomplete)",
-    "mail delivery (?:failed|failure|system)") + ".*", re.I)
-SPAM = re.compile(r"\s*(?:(?:fail|spam|yes|true)\b.*|(?:[5-9]|\d\d+)(?:\.\d+)?\s*)", re.I)
+    "mail delivery (?:failed|failure|system)") + ".*", re.I).fullmatch
+is_spam = re.compile(
+    r"\s*(?:(?:fail|spam|yes|true)\b.*|(?:[5-9]|\d\d+)(?:\.\d+)?\s*)", re.I).fullmatch
 
 is_automatic = matching("auto-submitted", "(?!no$).+")
-is_refusal = matching("auto-submitted", ".*rejected.*", whole)
-is_report = matching("content-type", "multipart/report.*", whole)
-is_receipt = matching("content-type", "multipart/report.*disposition-notification.*", whole)
+is_refusal = matching("auto-submitted", ".*rejected.*", str)
+is_report = matching("content-type", "multipart/report.*", str)
+is_receipt = matching("content-type", "multipart/report.*disposition-notification.*", str)
 is_of_rules_agent = matching("x-ms-exchange-generated-message-source", "mailbox rules agent")
 wants_no_answer = matching(
-    "x-auto-response-suppress", r"(?:.*[,;\s])?(?:all|autoreply)(?:[,;\s].*)?", whole)
+    "x-auto-response-suppress", r"(?:.*[,;\s])?(?:all|autoreply)(?:[,;\s].*)?", str)
 
 
 def is_bounce_like(mail: Evidence) -> object:
     """A second sign of a bounce, where the first is none by itself."""
-    return (mail.is_null or BOUNCE_SUBJECT.fullmatch(mail.subject)
-            or DAEMON.fullmatch(mail.sender) or is_automatic(mail) or is_report(mail))
+    return (mail.is_null or is_bounce(mail.subject) or is_daemon(mail.sender)
+            or is_automatic(mail) or is_report(mail))
 
 
-def is_exchange_vacation(mail: Evidence) -> bool:
+def is_exchange_vacation(mail: Evidence) -> object:
     """Its Mailbox Rules Agent also redirects people's mail (RFC 5322 3.6.6)."""
-    is_resent = any(name.startswith("resent-") for name in mail.headers)
-    is_alone = not mail.is_null and not wants_no_answer(mail)
-    return bool(is_of_rules_agent(mail)) and not is_resent and not is_alone
+    is_redirected = any(name.startswith("resent-") for name in mail.headers)
+    is_silent = mail.is_null or wants_no_answer(mail)
+    return is_silent and not is_redirected and is_of_rules_agent(mail)
 
 
-def is_exchange_rule(mail: Evidence) -> object:
-    """Alone the header may stand on what a rule forwarded for a person."""
-    return "x-ms-exchange-inbox-rules-loop" in mail.headers and (
-        wants_no_answer(mail) or is_automatic(mail))
-
-
-def has_status_part(mail: Evidence) -> bool:
-    return any(attachment.content_type == "message/delivery-status"
-               for attachment in mail.message.attachments)
-
-
-def is_spam(mail: Evidence) -> bool:
-    """By the provider's word. Of these headers only the first can be our own server's."""
-    headers = ("x-spam-flag", "x-spam-status", "x-mailgun-sflag")
-    verdicts = [*mail.message.verdict.split("\n"), *map(mail.first, headers)]
-    return any(map(SPAM.fullmatch, verdicts))
-
-
-SIGNS = (
+SIGNS: tuple[Sign, ...] = (
     header("bounce", "content-type", "multipart/report.*delivery-status.*",
-           "a delivery status report (RFC 3464 2)", whole),
+           "a delivery status report (RFC 3464 2)", str),
     header("bounce", "content-type", "multipart/report.*feedback-report.*",
-           "an abuse report (RFC 5965)", whole),
-    Sign("bounce", lambda mail: is_receipt(mail) and is_refusal(mail),
-         "a refusal in the form of a receipt (RFC 5429)"),
-    Sign("auto-reply", is_receipt, "a receipt (RFC 8098 2)"),
+           "an abuse report (RFC 5965)", str),
+    ("bounce", lambda mail: is_receipt(mail) and is_refusal(mail),
+     "a refusal in the form of a receipt (RFC 5429)"),
+    ("auto-reply", is_receipt, "a receipt (RFC 8098 2)"),
     header("bounce", "x-failed-recipients", ".+", "X-Failed-Recipients (Exim, Gmail)"),
     # Before Auto-Submitted: daemons write auto-replied too (RFC 3834 5.2 knows the misuse).
-    Sign("bounce", lambda mail: DAEMON.fullmatch(mail.author), "From is a mailer daemon"),
+    ("bounce", lambda mail: is_daemon(mail.author), "From is a mailer daemon"),
     # RFC 3834 5: any keyword but "no" is automatic.
     header("auto-reply", "auto-submitted", "(?!(?:no|auto-generated|auto-notified)$).+",
            "Auto-Submitted (RFC 3834 5.2)"),
@@ -1745,23 +1721,25 @@ SIGNS = (
     header("auto-reply", "x-autogenerated", "reply", "X-Autogenerated: reply (Communigate)"),
     header("auto-reply", "x-fc-machinegenerated", "true", "X-FC-MachineGenerated (FirstClass)"),
     header("auto-reply", "x-post-messageclass", r"9\b.*|.*autoresponder.*",
-           "X-POST-MessageClass (Mailtraq)", whole),
+           "X-POST-MessageClass (Mailtraq)", str),
     header("auto-reply", "delivered-to", "autoresponder", "Delivered-To: Autoresponder (qmail)"),
     header("auto-reply", "x-apple-action", "vacation.*", "X-Apple-Action: VACATION (iCloud)"),
-    Sign("auto-reply", is_exchange_vacation, "Exchange's Mailbox Rules Agent"),
-    Sign("auto-reply", is_exchange_rule, "an Exchange rule's own mail, or one without answer"),
+    ("auto-reply", is_exchange_vacation, "Exchange's Mailbox Rules Agent"),
+    # Alone the header may stand on what a rule forwarded for a person.
+    ("auto-reply", lambda mail: "x-ms-exchange-inbox-rules-loop" in mail.headers and (
+        wants_no_answer(mail) or is_automatic(mail)),
+     "an Exchange rule's own mail, or one without answer"),
     # RFC 3834 3.1.5 warns of it as proof; nine of fourteen vacation notices have nothing else.
-    Sign("auto-reply", lambda mail: VACATION_SUBJECT.fullmatch(mail.subject),
-         "the subject of a vacation notice"),
-    Sign("bounce", lambda mail: DAEMON.fullmatch(mail.sender),
-         "the envelope sender is a mailer daemon (RFC 3834 7)"),
+    ("auto-reply", lambda mail: is_vacation(mail.subject), "the subject of a vacation notice"),
+    ("bounce", lambda mail: is_daemon(mail.sender),
+     "the envelope sender is a mailer daemon (RFC 3834 7)"),
     header("bounce", "x-postal-bounce", "true|1", "the provider takes it for a bounce"),
-    Sign("bounce", lambda mail: has_status_part(mail) and (
-        is_bounce_like(mail) or POSTMASTER.fullmatch(mail.author)), "it carries a delivery status"),
-    Sign("bounce", lambda mail: POSTMASTER.fullmatch(mail.author) and is_bounce_like(mail),
-         "postmaster, and a sign of a bounce"),
-    Sign("bounce", lambda mail: (mail.is_null or not mail.author) and (
-        BOUNCE_SUBJECT.fullmatch(mail.subject)), "from nobody, with the subject of a bounce"),
+    ("bounce", lambda mail: "message/delivery-status" in mail.types and (
+        is_bounce_like(mail) or is_postmaster(mail.author)), "it carries a delivery status"),
+    ("bounce", lambda mail: is_postmaster(mail.author) and is_bounce_like(mail),
+     "postmaster, and a sign of a bounce"),
+    ("bounce", lambda mail: (mail.is_null or not mail.author) and is_bounce(mail.subject),
+     "from nobody, with the subject of a bounce"),
     header("machine", "auto-submitted", "auto-generated|auto-notified",
            "Auto-Submitted: nobody typed it (RFC 3834 5.1)"),
     header("machine", "x-ms-exchange-generated-message-source", "(?!mailbox rules agent$).+",
@@ -1775,26 +1753,32 @@ SIGNS = (
            "Precedence: bulk or junk (RFC 3834 2)"),
     header("bulk", "list-unsubscribe list-unsubscribe-post feedback-id x-campaignid "
            "x-csa-complaints", ".*", "a mass mailing's header"),
-    Sign("human", lambda mail: mail.is_null, "the envelope sender is null (RFC 3834 2)"),
-    Sign("human", lambda mail: NEVER_ANSWERED.fullmatch(mail.author),
-         "From is an address that is never answered (RFC 3834 2, RFC 5230 4.6)"),
-    Sign("human", lambda mail: LIST_SENDER.fullmatch(mail.sender),
-         "the envelope sender is one that is never answered (RFC 3834 7)"),
+    # From here on it is a person's mail that is not to be confirmed, and the last one's that is.
+    ("human", lambda mail: mail.is_null, "the envelope sender is null (RFC 3834 2)"),
+    ("human", lambda mail: is_never_answered(mail.author),
+     "From is an address that is never answered (RFC 3834 2, RFC 5230 4.6)"),
+    ("human", lambda mail: is_list_sender(mail.sender),
+     "the envelope sender is one that is never answered (RFC 3834 7)"),
     # Not the envelope sender, which only the first header can tell; yet nobody writes it idly.
-    header("human", "return-path", "<>", "Return-Path is null (RFC 3834 2)", whole),
-    Sign("human", lambda mail: BOUNCE_SUBJECT.fullmatch(mail.subject)
-         and not mail.first("in-reply-to"), "the subject of a bounce"),
-    Sign("human", lambda mail: MAYBE_VACATION_SUBJECT.fullmatch(mail.subject),
-         "the subject may be a vacation notice's"),
+    header("human", "return-path", "<>", "Return-Path is null (RFC 3834 2)", str),
+    ("human", lambda mail: is_bounce(mail.subject) and not mail.first("in-reply-to"),
+     "the subject of a bounce"),
+    ("human", lambda mail: may_be_vacation(mail.subject),
+     "the subject may be a vacation notice's"),
     header("human", "x-loop x-auto-generated", "yes|true|hd-.*",
            "another helpdesk marks its mail so"),
     header("human", "x-rt-loop-prevention x-roundup-loop x-otrs-loop x-hmxmroriginalrecipient",
            ".*", "another helpdesk's own mail, or a complaint"),
-    Sign("human", wants_no_answer, "X-Auto-Response-Suppress asks for none (MS-OXCMAIL 2.1.3.2.20)"),
-    Sign("human", is_spam, "the provider takes it for spam"),
-    Sign("human", lambda mail: re.search(
+    ("human", wants_no_answer,
+     "X-Auto-Response-Suppress asks for none (MS-OXCMAIL 2.1.3.2.20)"),
+    # Of these headers only the first can be our own server's.
+    ("human", lambda mail: any(map(is_spam, (
+        *mail.verdicts, mail.first("x-spam-flag"), mail.first("x-spam-status"),
+        mail.first("x-mailgun-sflag")))), "the provider takes it for spam"),
+    ("human", lambda mail: re.search(
         r"\bdmarc\s*=\s*fail", mail.first("authentication-results"), re.I),
-        "From may be forged, DMARC failed (RFC 8601 5)"))
+     "From may be forged, DMARC failed (RFC 8601 5)"),
+    ("human", lambda mail: True, ""))
 
 
 def classify(message: Message, own_addresses: list[str], trusted: str) -> tuple[str, str, str]:
@@ -1803,55 +1787,55 @@ def classify(message: Message, own_addresses: list[str], trusted: str) -> tuple[
     `trusted` are the account's forwarders, addresses between commas.
     """
     mail = Evidence(message)
-    forwarders = {word.strip().lower() for word in trusted.split(",")} - {""}
-    take_off_stamps(mail, {address.lower() for address in own_addresses}, forwarders)
-    reason, withheld = "no sign of automatic mail", ""
-    for sign in SIGNS:
-        if sign.holds(mail):
-            if sign.kind == "human":
-                return "human", reason, sign.reason
-            return sign.kind, sign.reason, f"never for {sign.kind} mail (RFC 3834 2)"
-    return "human", reason, ""
+    take_off_stamps(mail, own_addresses, trusted)
+    kind, _, reason = next(sign for sign in SIGNS if sign[1](mail))
+    if kind == "human":
+        return kind, "no sign of automatic mail", reason
+    return kind, reason, f"never for {kind} mail (RFC 3834 2)"
 
 
-LIST_STAMPS = (
+# name → word that is taken off; "" = whatever it says.
+LIST_STAMPS = dict.fromkeys((
     "list-id list-post list-owner list-archive list-help list-subscribe list-unsubscribe "
     "list-unsubscribe-post mailing-list x-beenthere x-mailman-version feedback-id x-campaignid "
-    "x-csa-complaints").split()
+    "x-csa-complaints").split(), "") | {"precedence": "list", "x-precedence": "list"}
+FORWARDER_STAMPS = LIST_STAMPS | {
+    "x-ms-exchange-inbox-rules-loop": "",
+    "x-ms-exchange-generated-message-source": "",
+    "auto-submitted": "auto-generated"}
 FORWARDER_MARKS = (
-    "x-ms-exchange-inbox-rules-loop resent-from x-forwarded-for x-forwarded-to").split()
-FORWARDER_STAMPS = (
-    "x-ms-exchange-inbox-rules-loop x-ms-exchange-generated-message-source").split()
+    "x-ms-exchange-inbox-rules-loop", "resent-from", "x-forwarded-for", "x-forwarded-to")
 
 
-def take_off_stamps(mail: Evidence, own: set[str], forwarders: set[str]) -> None:
+def take_off_stamps(mail: Evidence, own_addresses: list[str], trusted: str) -> None:
     """Take off what our own groups and trusted forwarders stamped on a person's mail.
 
     Through them every customer's mail has a List-Id or an Auto-Submitted.
     """
-    ours = own | forwarders
+    forwarders = set(re.findall(r"[^\s,]+", trusted.lower()))
+    ours = forwarders.union(map(str.lower, own_addresses))
     ours |= {address.replace("@", ".") for address in ours}     # List-Id: <support.example.org>
-    envelope_from = (mail.message.envelope_from or "").lower()
-    is_forwarded = envelope_from in forwarders or names_one_of(mail, FORWARDER_MARKS, forwarders)
-    if not is_forwarded and not names_one_of(mail, LIST_STAMPS, ours):
+    if mail.envelope_from in forwarders or names_one_of(mail, FORWARDER_MARKS, forwarders):
+        stamps = FORWARDER_STAMPS
+    elif names_one_of(mail, LIST_STAMPS, ours):
+        stamps = LIST_STAMPS
+    else:
         return
-    if not DAEMON.fullmatch(mail.sender):
+    if not is_daemon(mail.sender):
         mail.sender = ""
-    dropped, words = LIST_STAMPS, {"precedence": "list", "x-precedence": "list"}
-    if is_forwarded:
-        dropped = LIST_STAMPS + FORWARDER_STAMPS
-        words["auto-submitted"] = "auto-generated"
-    mail.headers = {
-        name: [value for value in values if keyword(value) != words.get(name)]
-        for name, values in mail.headers.items() if name not in dropped}
+    for name, word in stamps.items():
+        values = mail.headers.pop(name, [])
+        left = [value for value in values if word and keyword(value) != word]
+        if left:
+            mail.headers[name] = left
 
 
-def names_one_of(mail: Evidence, names: list[str], addresses: set[str]) -> bool:
+def names_one_of(mail: Evidence, names: Iterable[str], addresses: set[str]) -> bool:
     """Whether one of the addresses stands in a header: in its <brackets> where it has any."""
     for name in names:
         for value in mail.headers.get(name, ()):
-            words = re.findall("<([^<>]*)>", value) or re.split(r"[\s;,]+", value)
-            if any(word.lower().removeprefix("mailto:") in addresses for word in words):
+            words = re.findall("<(?:mailto:)?([^<>]*)>", value.lower())
+            if not addresses.isdisjoint(words or re.split(r"[\s;,]+", value.lower())):
                 return True
     return False
 
@@ -1868,35 +1852,31 @@ def local_part(address: str) -> str:
 SUBJECT_TAG = re.compile(r"(?<![\w-])(T-)\s?([0-9A-Z]{4}-)\s?([0-9A-Z]{4})(?![\w-])", re.I | re.A)
 RETURNED_ID = re.compile(
     r"^[> \t]*(?:x-)?(?:original-)?message-id:\s*(<[^<>\s]+>)", re.I | re.M)
+PLACES = ("In-Reply-To", "References", "Exchange's parent id", "the returned message")
 # The first id that we know; of its messages the one as written, then of its own requester, then
 # the liveliest. Servers change an id's case and lose a trailing dot, hence the second spelling.
 # CROSS JOIN: an index look-up for each id, never a scan.
 THREAD = """
-    SELECT ticket.*, named.value AS place FROM json_each(?) AS named CROSS JOIN message
+    SELECT ticket.*, place.key AS place
+    FROM json_each(?) AS place CROSS JOIN json_each(place.value) AS named CROSS JOIN message
     ON message.email_account = ? AND message_id COLLATE NOCASE
-        IN (named.key, rtrim(rtrim(named.key, '>'), '.') || '>')
+        IN (named.value, rtrim(rtrim(named.value, '>'), '.') || '>')
     JOIN ticket ON ticket.id = message.ticket
-    ORDER BY named.id, message_id = named.key DESC, requester = ? DESC, updated_at DESC LIMIT 1"""
+    ORDER BY place.key, named.key, message_id = named.value DESC, requester = ? DESC,
+        updated_at DESC LIMIT 1"""
 
 
 def thread(db: DB, account: Row, message: Message, kind: str) -> tuple[Row | None, str]:
     """Return (ticket row or None, reason). All ids count that this account received or sent."""
     # RFC 5322 3.6.4: In-Reply-To names the parent, and so does the last of References.
     # RFC 3464 2, RFC 8098 3.2.5: reports and receipts carry the mail that came back.
-    places = {
-        "In-Reply-To": message.in_reply_to,
-        "References": message.references[::-1],
-        "Exchange's parent id": ids_of(
-            header_values(message.headers, "x-ms-exchange-parent-message-id")),
-        "the returned message": returned_ids(message, kind)}
-    named: dict[str, str] = {}
-    for place, ids in places.items():
-        for message_id in ids:
-            named.setdefault(message_id, place)
-    ticket = db.execute(THREAD, [
-        json.dumps(named), account["id"], message.from_address]).fetchone() if named else None
+    exchange = header_values(message.headers, "x-ms-exchange-parent-message-id")
+    ids = [message.in_reply_to, message.references[::-1], ids_of(exchange),
+           returned_ids(message) if kind in ("bounce", "auto-reply") else []]
+    ticket = any(ids) and db.execute(THREAD, [
+        ids, account["id"], message.from_address]).fetchone()
     if ticket:
-        return ticket, f"{ticket['place']} names a message of this ticket"
+        return ticket, f"{PLACES[ticket['place']]} names a message of this ticket"
     for halves in SUBJECT_TAG.findall(message.subject)[:5]:
         ticket = db.execute("SELECT * FROM ticket WHERE reference = ? AND email_account = ?", [
             "".join(halves).upper(), account["id"]]).fetchone()
@@ -1905,10 +1885,9 @@ def thread(db: DB, account: Row, message: Message, kind: str) -> tuple[Row | Non
     return None, "no id of a known message, so a new ticket"
 
 
-def returned_ids(message: Message, kind: str) -> list[str]:
+def returned_ids(message: Message) -> list[str]:
     """Message-ids of what a report sends back: in its parts, or its text (a provider's JSON)."""
-    is_report = kind in ("bounce", "auto-reply")
-    return RETURNED_ID.findall(report_of(message))[:20] if is_report else []
+    return RETURNED_ID.findall(report_of(message))[:20]
 
 
 def report_of(message: Message) -> str:
@@ -1946,6 +1925,7 @@ SCHEMA_VERSION, APPLICATION_ID = 2, 1768841828      # schema.sql's
 TROUBLE = (sqlite3.OperationalError, sqlite3.DatabaseError, sqlite3.InternalError)
 Work = Callable[..., Any]       # (connection, seconds UTC, *args) → result
 Future = concurrent.futures.Future[Any]
+sqlite3.register_adapter(list, json.dumps)      # lists stand in the file as JSON
 
 
 class Store:
@@ -2250,7 +2230,7 @@ def file_post(db: DB, now: int, post: Post, filings: list[Filing | str], kept: P
         except Exception as error:
             if type(error) in TROUBLE:
                 raise
-            fault, kept = fault_of(error, post, Reading("filing", [])), safe(post)
+            fault, kept = fault_of(error, post, "filing"), safe(post)
         faults.append(fault)
         answers.append(answer_of("quarantined", f"kept: {fault}"))
     if faults:
@@ -2306,16 +2286,19 @@ def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
 
 def open_ticket(db: DB, now: int, account: Row, message: Message, kind: str) -> Row:
     """Insert a ticket; automatic replies and bounces go to the queue `Automatic`."""
-    queue = account["queue"]
-    if kind in ("auto-reply", "bounce"):
-        queue = db.execute("SELECT id FROM queue WHERE name = 'Automatic'").fetchone()["id"]
     letters = "".join(secrets.choice("0123456789ABCDEFGHJKMNPQRSTVWXYZ") for _ in range(8))
-    ticket = {
-        "reference": f"T-{letters[:4]}-{letters[4:]}", "queue": queue,
-        "email_account": account["id"], "subject": message.subject,
-        "requester": message.from_address, "requester_name": message.from_name,
-        "created_at": now, "updated_at": now}
-    return ticket | {"id": insert(db, "ticket", **ticket)}
+    ticket: Row = db.execute(NEW_TICKET, account | vars(message) | {
+        "reference": f"T-{letters[:4]}-{letters[4:]}", "kind": kind, "now": now}).fetchone()
+    return ticket
+
+
+NEW_TICKET = """
+    INSERT INTO ticket (reference, queue, email_account, subject, requester, requester_name,
+        created_at, updated_at)
+    VALUES (:reference, iif(:kind IN ('auto-reply', 'bounce'),
+            (SELECT id FROM queue WHERE name = 'Automatic'), :queue), :id, :subject,
+        :from_address, :from_name, :now, :now)
+    RETURNING *"""
 
 
 def touch_ticket(db: DB, now: int, ticket: Row, message: Message, kind: str) -> None:
@@ -2334,35 +2317,34 @@ def touch_ticket(db: DB, now: int, ticket: Row, message: Message, kind: str) -> 
         now, status, ticket["id"]])
 
 
-UNSTORED = ("attachments", "from_count", "verdict")
-
-
 def insert_message(db: DB, now: int, ticket: Row, message: Message, reason: str,
                    kind: str | None = None, confirmation: str | None = None) -> int:
     """Insert a message and its attachments; return its id. Without a kind it is ours."""
-    row = {name: value for name, value in vars(message).items() if name not in UNSTORED}
-    row |= {
-        "ticket": ticket["id"], "email_account": ticket["email_account"],
-        "direction": "in" if kind else "out", "kind": kind, "reason": reason,
-        "confirmation": confirmation, "received_at": now,
-        "in_reply_to": " ".join(message.in_reply_to) or None}
-    identifier = insert(db, "message", **row)
+    row = db.execute(NEW_MESSAGE, ticket | vars(message) | {
+        "now": now, "reason": reason, "kind": kind, "confirmation": confirmation}).lastrowid
     for item in message.attachments:
-        insert(db, "attachment", **vars(item) | {
-            "message": identifier, "size": len(item.content or b""), "sha256": item.sha256})
-    return identifier
+        db.execute(NEW_ATTACHMENT, vars(item) | {"message": row, "sha256": item.sha256})
+    return row or 0
 
 
-def insert(db: DB, table: str, **row: Any) -> int:
-    """Insert a row, lists in it as JSON; return its id."""
-    values = [json.dumps(value) if isinstance(value, list) else value for value in row.values()]
-    return db.execute(insert_statement(table, *row), values).lastrowid or 0
+NEW_MESSAGE = """
+    INSERT INTO message (ticket, email_account, direction, message_id, digest, in_reply_to,
+        "references", from_address, from_name, envelope_from, "to", cc, subject, text, html,
+        headers, kind, reason, confirmation, notes, received_at)
+    VALUES (:id, :email_account, iif(:kind IS NULL, 'out', 'in'), :message_id, :digest,
+        (SELECT group_concat(value, ' ') FROM json_each(:in_reply_to)),
+        :references, :from_address, :from_name, :envelope_from, :to, :cc, :subject, :text, :html,
+        :headers, :kind, :reason, :confirmation, :notes, :now)"""
+NEW_ATTACHMENT = """
+    INSERT INTO attachment (message, filename, content_type, content_id, size, sha256, content, note)
+    VALUES (:message, :filename, :content_type, :content_id, ifnull(length(:content), 0), :sha256,
+        :content, :note)"""
 
 
-@functools.lru_cache(20)
-def insert_statement(table: str, *names: str) -> str:
-    columns = ", ".join(f'"{name}"' for name in names)
-    return f"INSERT INTO {table} ({columns}) VALUES ({', '.join('?' * len(names))})"
+def insert(db: DB, table: str, **row: Any) -> None:
+    """Insert a row."""
+    columns, marks = ", ".join(row), ", ".join("?" * len(row))
+    db.execute(f"INSERT INTO {table} ({columns}) VALUES ({marks})", [*row.values()])
 
 
 DELAYED = re.compile(r"delay|warning: (?:message|could not send)|still being retried|"
@@ -2383,12 +2365,12 @@ def fail_bounced(db: DB, account: Row, message: Message) -> None:
     is_passing = {code[0] for code in codes} == {"4"} and DELAYED.search(message.subject + report)
     if NOT_FINAL.issuperset(actions) if actions else is_passing:
         return
-    ids = [*returned_ids(message, "bounce"), *message.in_reply_to, *message.references]
+    ids = [*returned_ids(message), *message.in_reply_to, *message.references]
     code = next((code for code in codes if code[0] == "5"), "no code")
     db.execute("""UPDATE outbox SET state = 'failed', last_error = ? WHERE state = 'sent'
         AND message IN (SELECT id FROM message WHERE email_account = ? AND direction = 'out'
             AND message_id COLLATE NOCASE IN (SELECT value FROM json_each(?)))""", [
-                f"bounced: {code}", account["id"], json.dumps(ids)])
+                f"bounced: {code}", account["id"], ids])
 
 
 def starred(account: Row, text: str) -> str:
@@ -2424,17 +2406,13 @@ def keep(db: DB, now: int, post: Post, status: int, reason: str) -> None:
 def rehearse(db: DB, now: int) -> None:
     """Try all that storing a message needs, and undo it."""
     account = db.execute("SELECT * FROM email_account ORDER BY is_default DESC").fetchone()
+    post = Post(account, [], "", b"rehearsal")
+    message = normalise({"from": "rehearsal@inbound.example", "text": secrets.token_hex(),
+                         "attachments": [{"content": ""}]}, is_strict=False)
     db.execute("SAVEPOINT rehearsal")
-    try:
-        post = Post(account, [], "", b"rehearsal")
-        message = normalise({"from": "rehearsal@inbound.example", "text": secrets.token_hex(),
-                             "attachments": [{"content": ""}]}, is_strict=False)
-        file_message(db, now, post, Filing(message, "human", "rehearsal"))
-        keep(db, now, post, 200, "rehearsal")
-    finally:
-        if db.in_transaction:
-            db.execute("ROLLBACK TO rehearsal")
-            db.execute("RELEASE rehearsal")
+    file_message(db, now, post, Filing(message, "human", "rehearsal"))
+    keep(db, now, post, 200, "rehearsal")
+    db.execute("ROLLBACK TO rehearsal")
 
 
 # -----------------------------------------------------------------------------------------
