@@ -391,6 +391,8 @@ TROUBLES = """
     UNION ALL SELECT 1, 'the outbox waits for over an hour: run `inbound outbox`'
     WHERE EXISTS (SELECT 1 FROM outbox
         WHERE state IN ('queued', 'sending') AND created_at < :now - 3600)
+    UNION ALL SELECT 1, 'disk: ' || round(:free, 1) || ' % free, expected 5 % or more'
+    WHERE :free < 5
     UNION ALL SELECT 0, address || ' has no relay: run `inbound account set smtp_host=…`'
     FROM email_account WHERE smtp_host IS NULL
     UNION ALL SELECT 0, address || ' is nobody''s: run `inbound account set address=…`'
@@ -398,22 +400,19 @@ TROUBLES = """
     UNION ALL SELECT 0, count(*) || ' rejected posts are waiting: run `inbound rejected`'
     FROM (SELECT 1 FROM rejected LIMIT 1000) HAVING count(*)
     UNION ALL SELECT 0, count(*) || ' mails could not be sent: run `inbound outbox`'
-    FROM (SELECT 1 FROM outbox WHERE state = 'failed' LIMIT 1000) HAVING count(*)"""
+    FROM (SELECT 1 FROM outbox WHERE state = 'failed' LIMIT 1000) HAVING count(*)
+    UNION ALL SELECT 0, :refused || ' posts had a wrong secret in the last hour' WHERE :refused"""
 
 
 def troubles(store: Store) -> tuple[list[str], list[str]]:
     """What /healthz and `doctor` say of the service: (what is urgent, what can wait)."""
     now = store.now()
-    rows = store.rows(TROUBLES, {"now": now})
-    reasons = [row["words"] for row in rows if row["is_urgent"]]
-    warnings = [row["words"] for row in rows if not row["is_urgent"]]
     disk = shutil.disk_usage(Path(store.path).resolve().parent)
-    if disk.free < disk.total / 20:
-        reasons.append(f"disk: {disk.free / disk.total:.1%} free, expected 5 % or more")
-    refused = sum(at > now - REFUSALS_SHOWN for at, _ in [*store.refusals])
-    if refused:
-        warnings.append(f"{refused} posts had a wrong secret in the last hour")
-    return reasons, warnings
+    rows = store.rows(TROUBLES, {
+        "now": now, "free": 100 * disk.free / disk.total,
+        "refused": sum(at > now - REFUSALS_SHOWN for at, _ in [*store.refusals])})
+    urgent = [row["words"] for row in rows if row["is_urgent"]]
+    return urgent, [row["words"] for row in rows if not row["is_urgent"]]
 
 
 # -----------------------------------------------------------------------------------------
@@ -475,7 +474,8 @@ def presented_secret(environ: Row) -> bytes | None:
 
 def secret_in(content_type: str, body: bytes, known: list[Row]) -> bytes:
     """`SecretKey` of a body; before it is parsed a known secret has to stand in its bytes."""
-    if any(spellings(account["secret"].encode()).search(body) for account in known):
+    text = body.decode("latin-1")
+    if any(spellings(account["secret"]).search(text) for account in known):
         with contextlib.suppress(Refused), one_heavy_at_a_time(body):
             fields = fields_of(content_type, body)
             if isinstance(fields, dict):
@@ -497,13 +497,13 @@ def body_of(environ: Row) -> bytes:
 
 
 @functools.lru_cache(100)
-def spellings(secret: bytes) -> re.Pattern[bytes]:
-    """Find a text in bytes, however JSON or a URL spells it, in any case."""
-    pattern = b""
+def spellings(secret: str) -> re.Pattern[str]:
+    """Find a secret (ASCII), however JSON or a URL spells it, in any case."""
+    pattern = ""
     for char in secret:
-        itself = re.escape(b"%c" % char)
-        blank = rb"|\+" if char == 32 else b""
-        pattern += rb"(?:%b|\\%b|%%%02x|\\u00%02x%b)" % (itself, itself, char, char, blank)
+        itself, digits = re.escape(char), f"{ord(char):02x}"
+        blank = r"|\+" if char == " " else ""
+        pattern += rf"(?:{itself}|\\{itself}|%{digits}|\\u00{digits}{blank})"
     return re.compile(pattern, re.I)
 
 
@@ -1919,7 +1919,7 @@ def mailbox_key(address: str) -> str:
 # process only the writer checkpoints: before 3.51.3 SQLite may corrupt a file that two do it
 # to at once.
 
-SCHEMA = Path(__file__).with_name("schema.sql")
+SCHEMA = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
 SCHEMA_VERSION, APPLICATION_ID = 2, 1768841828      # schema.sql's
 # These very classes: their heirs, IntegrityError and DataError, are the message's fault.
 TROUBLE = (sqlite3.OperationalError, sqlite3.DatabaseError, sqlite3.InternalError)
@@ -2065,13 +2065,14 @@ class Store:
 
     def _refuse_if_replaced(self) -> None:
         """Refused 503 when file or -wal is no longer the one that was opened; close both."""
-        found, opened = files_at(self.path), self._files
-        if found == opened:
+        found = files_at(self.path)
+        if found == self._files:
             return
         self.close()
-        # SQLite leaves a -wal whose file is gone, and would read it into the one in its place.
-        for end in ("-wal", "-shm"):
-            if found.get("") != opened.get("") and end in found and found[end] == opened.get(end):
+        same = dict(found.items() & self._files.items())
+        if "" not in same:
+            # SQLite leaves a -wal whose file is gone, and would read it into the one that is there.
+            for end in same:
                 os.replace(self.path + end, f"{self.path}{end}.of-the-replaced-file")
         raise Refused(503, f"the database {self.path!r} was replaced or deleted while we served")
 
@@ -2117,7 +2118,7 @@ def migrate(db: DB, path: str) -> bool:
     db.execute("BEGIN IMMEDIATE")       # two processes may start at once
     first = version = version_of(db, path)
     while version != SCHEMA_VERSION:
-        MIGRATIONS[version](db, path)
+        MIGRATIONS[version](db)
         version = version_of(db, path)
     db.execute("COMMIT")
     return first == 0
@@ -2125,35 +2126,42 @@ def migrate(db: DB, path: str) -> bool:
 
 def version_of(db: DB, path: str) -> int:
     """The schema version of a file, 0 when it is empty; Refused when no step leads on from it."""
-    found = db.execute("""SELECT application_id, user_version AS version,
-        (SELECT count(*) FROM sqlite_schema) AS size
-        FROM pragma_application_id, pragma_user_version""").fetchone()
+    found = db.execute(VERSION, [APPLICATION_ID]).fetchone()
     version: int = found["version"]
-    if not found["size"]:
-        return 0
-    if found["application_id"] != APPLICATION_ID:
+    if not found["is_ours"]:
         raise Refused(503, f"{path!r} is the database of another program")
     if version > SCHEMA_VERSION:
         raise Refused(503, f"{path!r} has the newer schema version {version}: update inbound")
+    if version < 0:
+        raise Refused(503, f"{path!r} comes from no released version of inbound")
     return version
 
 
-def new_file(db: DB, path: str) -> None:
-    run_script(db)
+# Only the last of the files that call themselves version 1 has this view; it is the released one.
+VERSION = """
+    SELECT NOT size OR application_id = ? AS is_ours,
+        CASE WHEN NOT size THEN 0 WHEN user_version > 1 OR view THEN user_version ELSE -1 END
+            AS version
+    FROM pragma_application_id, pragma_user_version,
+        (SELECT count(*) AS size, sum(name = 'valid_secret') AS view FROM sqlite_schema)"""
+
+
+def new_file(db: DB) -> None:
+    run_script(db, SCHEMA)
     db.execute("UPDATE email_account SET inbound_secret = ?", [new_secret()])
 
 
-def run_script(db: DB) -> None:
-    """Run schema.sql inside the open transaction, which `executescript` would commit."""
+def run_script(db: DB, script: str) -> None:
+    """Run statements inside the open transaction, which `executescript` would commit."""
     statement = ""
-    for line in SCHEMA.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in script.splitlines(keepends=True):
         statement += line
         if sqlite3.complete_statement(statement):
             db.execute(statement)
             statement = ""
 
 
-def from_version_1(db: DB, path: str) -> None:
+def from_version_1(db: DB) -> None:
     """Version 1 held tables of providers, signs and commands, and views that rendered text.
 
     All rows that people wrote and all settings are carried into tables made anew, so that
@@ -2162,50 +2170,70 @@ def from_version_1(db: DB, path: str) -> None:
     """
     parts = db.execute("""SELECT name, type FROM sqlite_schema
         WHERE type <> 'table' AND sql IS NOT NULL""").fetchall()
-    if not any(part["name"] == "valid_secret" for part in parts):
-        raise Refused(503, f"{path!r} comes from no released version of inbound")
-    providers = db.execute(OWN_PROVIDERS_1).fetchall()
     for part in parts:      # a view's triggers go with it
         db.execute('DROP {type} IF EXISTS "{name}"'.format(**part))
-    db.execute("DROP TABLE provider")
-    db.execute("DROP TABLE command")
-    db.execute("PRAGMA legacy_alter_table = ON")    # references keep their tables' names
-    for name in CARRIED_1:
-        db.execute(f"ALTER TABLE {name} RENAME TO old_{name}")
-    run_script(db)
-    for statement in MENDED_1:
-        db.execute(statement)
-    for name in CARRIED_1:
-        columns = ", ".join(
-            f'"{row["name"]}"' for row in db.execute(f"PRAGMA table_info(old_{name})"))
-        db.execute(f"INSERT OR REPLACE INTO {name} ({columns}) SELECT {columns} FROM old_{name}")
-        db.execute(f"DROP TABLE old_{name}")
-    if not db.execute("SELECT 1 FROM sign_of_version_1").fetchone():
-        db.execute("DROP TABLE sign_of_version_1")
-    for row in providers:
+    run_script(db, OUT_OF_VERSION_1)
+    run_script(db, SCHEMA)
+    run_script(db, INTO_VERSION_2)
+    for row in db.execute("SELECT * FROM old_provider").fetchall():
         pairs = [word.partition("=") for word in row["fields"].split()]
         fields = {name: path or name for name, _, path in pairs}
         insert(db, "provider", name=row["name"], fields=json.dumps(fields))
+    db.execute("DROP TABLE old_provider")
+    if not db.execute("SELECT 1 FROM sign_of_version_1").fetchone():
+        db.execute("DROP TABLE sign_of_version_1")
 
 
-CARRIED_1 = ("queue", "email_account", "ticket", "message", "attachment", "outbox", "rejected")
-# 21 were the program's own; two may bear one name.
-OWN_PROVIDERS_1 = """
-    SELECT name || iif(count(*) OVER (PARTITION BY name) > 1, ' ' || id, '') AS name, fields
-    FROM provider WHERE id > 21 AND fields IS NOT NULL"""
-MENDED_1 = (
-    "DELETE FROM email_account",
-    "DELETE FROM queue WHERE name <> 'Automatic'",
-    # What version 2 does not allow any more.
-    "UPDATE old_queue SET name = 'Queue ' || id WHERE trim(name) = ''",
-    """UPDATE old_email_account SET trusted_forwarders = NULL
-    WHERE trusted_forwarders NOT LIKE '_%@_%'""",
-    """UPDATE old_email_account SET template = template || '{reference}
-'
-    WHERE NOT instr(template, '{reference}')""",
-    # 42 were the program's own.
-    "CREATE TABLE sign_of_version_1 AS SELECT * FROM sign WHERE id > 42",
-    "DROP TABLE sign")
+OUT_OF_VERSION_1 = """
+    PRAGMA legacy_alter_table = ON;     -- references keep their tables' names
+    ALTER TABLE queue RENAME TO old_queue;
+    ALTER TABLE email_account RENAME TO old_email_account;
+    ALTER TABLE ticket RENAME TO old_ticket;
+    ALTER TABLE message RENAME TO old_message;
+    ALTER TABLE attachment RENAME TO old_attachment;
+    ALTER TABLE outbox RENAME TO old_outbox;
+    ALTER TABLE rejected RENAME TO old_rejected;
+    -- Of providers the first 21 were the program's own, of signs 42. Two may bear one name.
+    CREATE TABLE old_provider AS
+        SELECT name || iif(count(*) OVER (PARTITION BY name) > 1, ' ' || id, '') AS name, fields
+        FROM provider WHERE id > 21 AND fields IS NOT NULL;
+    CREATE TABLE sign_of_version_1 AS SELECT * FROM sign WHERE id > 42;
+    DROP TABLE provider;
+    DROP TABLE sign;
+    DROP TABLE command;
+    """
+INTO_VERSION_2 = """
+    DELETE FROM email_account;
+    DELETE FROM queue WHERE name <> 'Automatic';
+    INSERT OR REPLACE INTO queue SELECT id, iif(trim(name) = '', 'Queue ' || id, name), is_default
+        FROM old_queue;
+    INSERT INTO email_account (id, address, display_name, queue, is_default, inbound_secret,
+        previous_secret, previous_secret_until, validation_key, smtp_host, smtp_port, smtp_security,
+        smtp_username, smtp_password, confirmation_envelope_from, template,
+        confirmations_per_address_hour, confirmations_per_address_day, confirmations_per_hour,
+        trusted_forwarders)
+    SELECT id, address, display_name, queue, is_default, inbound_secret,
+        previous_secret, previous_secret_until, validation_key, smtp_host, smtp_port, smtp_security,
+        smtp_username, smtp_password, confirmation_envelope_from,
+        template || iif(instr(template, '{reference}'), '', '{reference}' || char(10)),
+        confirmations_per_address_hour, confirmations_per_address_day, confirmations_per_hour,
+        iif(trusted_forwarders LIKE '_%@_%', trusted_forwarders, NULL) FROM old_email_account;
+    INSERT INTO ticket SELECT * FROM old_ticket;
+    INSERT INTO message SELECT * FROM old_message;
+    INSERT INTO attachment SELECT * FROM old_attachment;
+    INSERT INTO outbox (id, message, email_account, purpose, recipient, mailbox, content, state,
+        attempts, created_at, next_attempt_at, give_up_at, last_error)
+    SELECT id, message, email_account, purpose, recipient, mailbox, content, state,
+        attempts, created_at, next_attempt_at, give_up_at, last_error FROM old_outbox;
+    INSERT INTO rejected SELECT * FROM old_rejected;
+    DROP TABLE old_queue;
+    DROP TABLE old_email_account;
+    DROP TABLE old_ticket;
+    DROP TABLE old_message;
+    DROP TABLE old_attachment;
+    DROP TABLE old_outbox;
+    DROP TABLE old_rejected;
+    """
 MIGRATIONS = {0: new_file, 1: from_version_1}       # user_version → what makes a later one of it
 
 
@@ -2220,28 +2248,24 @@ def new_secret() -> str:
 
 def file_post(db: DB, now: int, post: Post, filings: list[Filing | str], kept: Post) -> list[Row]:
     """Store each member of a post; of those that were not understood the post is `kept`, once."""
-    answers, faults = [], []
+    answers: list[Row] = []
+    faults: list[str] = []
     for filing in filings:
-        fault = filing
         try:
             if isinstance(filing, Filing):
                 answers.append(in_savepoint(db, file_message, now, post, filing))
                 continue
+            fault = filing
         except Exception as error:
             if type(error) in TROUBLE:
                 raise
             fault, kept = fault_of(error, post, "filing"), safe(post)
         faults.append(fault)
-        answers.append(answer_of("quarantined", f"kept: {fault}"))
+        answers.append({"status": "quarantined", "ticket": None, "message": None, "kind": None,
+                        "confirmation": None, "reason": f"kept: {fault}"})
     if faults:
         keep(db, now, kept, 200, "; ".join(dict.fromkeys(faults))[:2000])
     return answers
-
-
-def answer_of(status: str, reason: str, ticket: str | None = None, message: int | None = None,
-              kind: str | None = None, confirmation: str | None = None) -> Row:
-    return {"status": status, "ticket": ticket, "message": message, "kind": kind,
-            "confirmation": confirmation, "reason": reason}
 
 
 KNOWN = """
@@ -2260,8 +2284,8 @@ def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
     account, message, kind = post.account, filing.message, filing.kind
     known = db.execute(KNOWN, [account["id"], message.message_id, message.digest]).fetchone()
     if known and known["digest"] == message.digest:
-        return answer_of("duplicate", "stored before", known["reference"], known["message"],
-                         known["kind"], "not due")
+        return {"status": "duplicate", "ticket": known["reference"], "message": known["message"],
+                "kind": known["kind"], "confirmation": "not due", "reason": "stored before"}
     if known and known["direction"] == "out":
         ticket, found = known, "it bears the Message-ID of a mail of ours"
         message.notes.append(found)
@@ -2281,7 +2305,8 @@ def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
         send_later(db, now, account, ticket, draft, "confirmation")
     elif kind == "bounce":
         fail_bounced(db, account, message)
-    return answer_of(status, reason, ticket["reference"], row, kind, confirmation)
+    return {"status": status, "ticket": ticket["reference"], "message": row, "kind": kind,
+            "confirmation": confirmation, "reason": reason}
 
 
 def open_ticket(db: DB, now: int, account: Row, message: Message, kind: str) -> Row:
@@ -2312,9 +2337,8 @@ def touch_ticket(db: DB, now: int, ticket: Row, message: Message, kind: str) -> 
         WHERE message.ticket = ? AND outbox.mailbox = ?""", [ticket["id"], mailbox]).fetchone()
     if not is_party and kind not in ("bounce", "auto-reply"):
         message.notes.append(f"written by a stranger to this ticket: {message.from_address}")
-    status = "open" if kind == "human" and is_party else ticket["status"]
-    db.execute("UPDATE ticket SET updated_at = ?, status = ? WHERE id = ?", [
-        now, status, ticket["id"]])
+    db.execute("UPDATE ticket SET updated_at = ?, status = iif(?, 'open', status) WHERE id = ?", [
+        now, kind == "human" and bool(is_party), ticket["id"]])
 
 
 def insert_message(db: DB, now: int, ticket: Row, message: Message, reason: str,
@@ -2375,20 +2399,17 @@ def fail_bounced(db: DB, account: Row, message: Message) -> None:
 
 def starred(account: Row, text: str) -> str:
     """`text` with the secrets of the account starred out."""
-    return starred_bytes(account, text.encode("utf-8", "ignore")).decode("utf-8", "ignore")
-
-
-def starred_bytes(account: Row, content: bytes) -> bytes:
     for secret in (account["inbound_secret"], account["previous_secret"]):
         if secret:
-            content = spellings(secret.encode()).sub(lambda found: b"*" * len(found[0]), content)
-    return content
+            text = spellings(secret).sub(lambda found: "*" * len(found[0]), text)
+    return text
 
 
 def safe(post: Post) -> Post:
-    """The post as it may be kept: without the secret."""
-    return replace(post, body=starred_bytes(post.account, post.body),
-                   content_type=starred(post.account, clean(post.content_type)))
+    """The post as it may be kept: without the secret. As Latin-1 each byte is a character."""
+    body = starred(post.account, post.body.decode("latin-1")).encode("latin-1")
+    return replace(
+        post, body=body, content_type=starred(post.account, clean(post.content_type)))
 
 
 def keep(db: DB, now: int, post: Post, status: int, reason: str) -> None:

@@ -435,7 +435,7 @@ def test_a_file_of_a_version_that_no_step_leads_on_from_is_refused(desk):
 def steps(monkeypatch, *statements):
     """Make each of `statements` a step to the next version; a step may be several of them."""
     def step(version, script):
-        def take(db, path):
+        def take(db):
             for statement in script.split(";"):
                 db.execute(statement)
             db.execute(f"PRAGMA user_version = {version}")
