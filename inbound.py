@@ -1940,7 +1940,7 @@ class Store:
         self.refusals: deque[tuple[int, str]] = deque(maxlen=1000)  # (time, client) of 401s
         self._was_open = False
         self._jobs: deque[tuple[Work, tuple[Any, ...], Future]] = deque()
-        self._lock = threading.Lock()                   # of the writer and all below
+        self._lock = threading.RLock()                  # of the writer and all below
         self._writer: DB | None = None
         self._files: Row = {}                           # `files_at` the path when it was opened
         self._locked_until = 0.0                        # monotonic
@@ -2082,8 +2082,9 @@ class Store:
             self._writer = None
 
     def close(self) -> None:
-        self._close_writer()
-        with self._reader_lock:
+        """Close when nobody is at work: SQLite crashes where one is closed under a query."""
+        with self._lock, self._reader_lock:
+            self._close_writer()
             if self._reader is not None:
                 self._reader.close()
                 self._reader = None
