@@ -225,30 +225,32 @@ ANSWER_HEADERS = {
     503: [("Retry-After", "10")]}
 HEAVY_LOCK = threading.Lock()
 Answer = tuple[int, Row, "str | None"]      # status, JSON object, text that is sent in its place
-Wsgi = Callable[[Row, Callable[..., Any]], list[bytes]]
+Start = Callable[..., Any]                  # WSGI's start_response
+Wsgi = Callable[[Row, Start], list[bytes]]
 
 
 def make_app(store: Store) -> Wsgi:
     """Return the WSGI application (PEP 3333) that files mail in `store`."""
 
-    def app(environ: Row, start_response: Callable[..., Any]) -> list[bytes]:
+    def app(environ: Row, start_response: Start) -> list[bytes]:
         began = time.perf_counter()
+        text = None
         try:
             status, content, text = respond(store, environ)
         except Refused as refusal:
-            fields = {"fields": refusal.fields} if refusal.fields else {}
-            status, content, text = refusal.status, {"error": refusal.reason, **fields}, None
+            status, content = refusal.status, {"error": refusal.reason}
+            if refusal.fields:
+                content["fields"] = refusal.fields
         except Exception:
             log.exception("while answering")
-            error = "unexpected: nothing was stored, send it again"
-            status, content, text = 500, {"error": error}, None
+            status, content = 500, {"error": "unexpected: nothing was stored, send it again"}
         line = json.dumps(content)
         # Escaped and capped: nobody outside writes a line of this log.
         log.info("%d %sB %.0fms %s %s", status, environ.get("CONTENT_LENGTH") or 0,
-                 1000 * (time.perf_counter() - began), environ.get("REMOTE_ADDR") or "-",
+                 1000 * (time.perf_counter() - began), environ.get("REMOTE_ADDR"),
                  printable(line[1:-1])[:300])
-        body = (line + "\n" if text is None else text).encode()
-        kind = "application/json" if text is None else "text/plain"
+        kind = "text/plain" if text else "application/json"
+        body = (text or line + "\n").encode()
         start_response(f"{status} {http.HTTPStatus(status).phrase}", [
             ("Content-Type", f"{kind}; charset=utf-8"), ("Content-Length", str(len(body))),
             *ANSWER_HEADERS.get(status, [])])
@@ -257,7 +259,7 @@ def make_app(store: Store) -> Wsgi:
     return app
 
 
-def app(environ: Row, start_response: Callable[..., Any]) -> list[bytes]:
+def app(environ: Row, start_response: Start) -> list[bytes]:
     """The WSGI application for other servers: database from $INBOUND_DB, made on first use."""
     return app_of(os.environ.get("INBOUND_DB") or "inbound.db")(environ, start_response)
 
@@ -285,11 +287,10 @@ def respond(store: Store, environ: Row) -> Answer:
         return 200, {"status": "probed"}, "inbound: post received mail here\n"
     if method != "POST":
         raise Refused(405, f"{method[:20]!r} is not answered here; mail arrives by POST")
-    account, body, by_body = authenticate(store, environ)
-    query = urllib.parse.parse_qs(environ.get("QUERY_STRING", ""))
-    if "validationToken" in query:  # Microsoft Graph probes so
-        return 200, {"status": "probed"}, query["validationToken"][0]
-    post = Post(account, store.own_addresses(), environ.get("CONTENT_TYPE", ""), body)
+    post, by_body = authenticate(store, environ)
+    token = query_of(environ).get("validationToken")
+    if token and not post.body:     # Microsoft Graph probes so
+        return 200, {"status": "probed"}, token[0]
     try:
         provider, content = receive(store, post)
     except Refused as refusal:
@@ -298,20 +299,12 @@ def respond(store: Store, environ: Row) -> Answer:
         provider, content = "SocketLabs", {"status": "refused", "reason": refusal.reason}
     # SocketLabs wants its Validation Key as the body of every answer (SPEC 2).
     is_theirs = by_body or provider == "SocketLabs"
-    return 200, content, account["validation_key"] if is_theirs else None
+    return 200, content, post.account["validation_key"] if is_theirs else None
 
 
-def body_of(environ: Row) -> bytes:
-    """Return the request's body; Refused 413 over MAX_BODY, 400 when it ends early."""
-    length = int(environ.get("CONTENT_LENGTH") or 0)
-    is_open_ended = not length and environ.get("wsgi.input_terminated")
-    most = MAX_BODY + 1 if is_open_ended else min(length, MAX_BODY + 1)
-    body: bytes = environ["wsgi.input"].read(most)
-    if len(body) > MAX_BODY:
-        raise Refused(413, f"the body is larger than {MAX_BODY} bytes")
-    if len(body) < length:
-        raise Refused(400, f"the body ends after {len(body)} of {length} bytes")
-    return body
+def query_of(environ: Row) -> dict[str, list[str]]:
+    """The values in the URL by name; as Latin-1, in which every byte is something."""
+    return urllib.parse.parse_qs(environ.get("QUERY_STRING", ""), True, encoding="latin-1")
 
 
 def receive(store: Store, post: Post) -> tuple[str, Row]:
@@ -320,29 +313,29 @@ def receive(store: Store, post: Post) -> tuple[str, Row]:
     What could not be understood is kept in `rejected` before Refused 400, 415, 422 or
     `quarantined` says so. `rejected replay` comes this way too.
     """
-    reading = Reading("", [])
+    reading = Reading("unread", [])
     try:
         with one_heavy_at_a_time(post.body):
             reading = read(post, store.own_providers)
             filings = [understand(reading, member, post) for member in reading.members]
-            kept = safe(post) if any(isinstance(each, str) for each in filings) else post
-        results = store.write(file_post, post, filings, kept)
-    except Refused as refusal:
-        reason = starred(post.account, refusal.reason)  # the value it names may be the secret
+        has_faults = any(isinstance(filing, str) for filing in filings)
+        answers = store.write(file_post, post, filings, safe(post) if has_faults else post)
+    except Refused as refusal:      # the value that it names may be the secret
+        reason = starred(post.account, refusal.reason)
+        faults = {name: starred(post.account, fault) for name, fault in refusal.fields.items()}
         if refusal.status in (400, 415, 422):
             store.write(keep, safe(post), refusal.status, reason)
-        faults = {name: starred(post.account, fault) for name, fault in refusal.fields.items()}
         raise Refused(refusal.status, reason, faults) from None
     except Exception as error:
-        results = [store.write(quarantine, safe(post), [fault_of(error, post, reading.provider)])]
-    if not results:
+        answers = store.write(file_post, post, [fault_of(error, post, reading.provider)], safe(post))
+    if not answers:
         if reading.is_kept:
             store.write(keep, safe(post), 200, reading.notice)
         return reading.provider, {"status": "ignored", "reason": reading.notice}
-    if any(result["confirmation"] == "queued" for result in results):
+    if any(answer["confirmation"] == "queued" for answer in answers):
         store.has_mail.set()
-    return reading.provider, (
-        {"status": "batch", "messages": results} if reading.is_batch else results[0])
+    is_batch = reading.is_batch
+    return reading.provider, {"status": "batch", "messages": answers} if is_batch else answers[0]
 
 
 @contextlib.contextmanager
@@ -362,8 +355,9 @@ def understand(reading: Reading, member: Any, post: Post) -> Filing | str:
     """Normalise and classify a member of a post; or say what a bug of ours made of it."""
     try:
         mail = reading.to_mail(member)
-        if reading.cut:
-            mail["whole"] = (reading.cut, "post.json", "application/json", safe(post).body)
+        if reading.cut and member is reading.members[-1]:       # whatever is missing, is at the end
+            kept = safe(post)
+            mail["whole"] = (reading.cut, "post", kept.content_type, kept.body)
         message = normalise(mail, is_strict=reading.provider == "canonical")
         forwarders = post.account["trusted_forwarders"] or ""
         return Filing(message, *classify(message, post.own_addresses, forwarders))
@@ -373,21 +367,19 @@ def understand(reading: Reading, member: Any, post: Post) -> Filing | str:
         return fault_of(error, post, reading.provider)
 
 
-def fault_of(error: Exception, post: Post, provider: str) -> str:
+def fault_of(error: Exception, post: Post, where: str) -> str:
     """What is kept of an unexpected error: enough to look for, too little to leak a mail."""
     words = printable(f"{type(error).__name__}: {error}"[:180])
-    return starred(post.account, f"{words} ({provider or 'unread'})")
+    return starred(post.account, f"{words} ({where})")
 
 
 def health(store: Store) -> Answer:
     """GET /healthz: 503 with reasons when mail is not taken or sent; the rest is a warning."""
-    reasons: list[str] = []
-    warnings: list[str] = []
     try:
         store.write(rehearse)
         reasons, warnings = troubles(store)
     except Refused as refusal:
-        reasons.append(refusal.reason)
+        reasons, warnings = [refusal.reason], []
     if reasons:
         return 503, {"status": "degraded", "reasons": reasons}, None
     return 200, {"status": "ok", "warnings": warnings}, None
@@ -399,28 +391,28 @@ TROUBLES = """
     UNION ALL SELECT 1, 'the outbox waits for over an hour: run `inbound outbox`'
     WHERE EXISTS (SELECT 1 FROM outbox
         WHERE state IN ('queued', 'sending') AND created_at < :now - 3600)
-    UNION ALL SELECT 0, address || ' sends nothing: run `inbound account set address=… smtp_host=…`'
-    FROM email_account WHERE smtp_host IS NULL OR address = 'support@localhost'
+    UNION ALL SELECT 1, 'disk: ' || round(:free, 1) || ' % free, expected 5 % or more'
+    WHERE :free < 5
+    UNION ALL SELECT 0, address || ' has no relay: run `inbound account set smtp_host=…`'
+    FROM email_account WHERE smtp_host IS NULL
+    UNION ALL SELECT 0, address || ' is nobody''s: run `inbound account set address=…`'
+    FROM email_account WHERE address = 'support@localhost'
     UNION ALL SELECT 0, count(*) || ' rejected posts are waiting: run `inbound rejected`'
     FROM (SELECT 1 FROM rejected LIMIT 1000) HAVING count(*)
     UNION ALL SELECT 0, count(*) || ' mails could not be sent: run `inbound outbox`'
-    FROM (SELECT 1 FROM outbox WHERE state = 'failed' LIMIT 1000) HAVING count(*)"""
+    FROM (SELECT 1 FROM outbox WHERE state = 'failed' LIMIT 1000) HAVING count(*)
+    UNION ALL SELECT 0, :refused || ' posts had a wrong secret in the last hour' WHERE :refused"""
 
 
 def troubles(store: Store) -> tuple[list[str], list[str]]:
     """What /healthz and `doctor` say of the service: (what is urgent, what can wait)."""
-    reasons: list[str] = []
-    warnings: list[str] = []
     now = store.now()
     disk = shutil.disk_usage(Path(store.path).resolve().parent)
-    if disk.free < disk.total / 20:
-        reasons.append(f"disk: {disk.free / disk.total:.1%} free, expected 5 % or more")
-    for row in store.rows(TROUBLES, {"now": now}):
-        (reasons if row["is_urgent"] else warnings).append(row["words"])
-    refused = sum(at > now - REFUSALS_SHOWN for at, _ in [*store.refusals])
-    if refused:
-        warnings.append(f"{refused} posts had a wrong secret in the last hour")
-    return reasons, warnings
+    rows = store.rows(TROUBLES, {
+        "now": now, "free": 100 * disk.free / disk.total,
+        "refused": sum(at > now - REFUSALS_SHOWN for at, _ in [*store.refusals])})
+    urgent = [row["words"] for row in rows if row["is_urgent"]]
+    return urgent, [row["words"] for row in rows if not row["is_urgent"]]
 
 
 # -----------------------------------------------------------------------------------------
@@ -428,52 +420,62 @@ def troubles(store: Store) -> tuple[list[str], list[str]]:
 # secrets of all accounts are compared, always, so that the time tells nothing. Of a
 # stranger's post nothing but header lines is looked at.
 
-def authenticate(store: Store, environ: Row) -> tuple[Row, bytes, bool]:
-    """Return (email_account row of the secret, body, whether the body held the secret).
+SECRETS = """
+    SELECT *, inbound_secret AS secret FROM email_account
+    UNION ALL SELECT *, previous_secret FROM email_account WHERE previous_secret_until > ?"""
+
+
+def authenticate(store: Store, environ: Row) -> tuple[Post, bool]:
+    """Return the post, and whether its secret was in the body.
 
     Refused 503 while no account has a secret (so that providers keep the mail), else 401.
     """
-    accounts, body = store.accounts(), b""
-    known = [(account["inbound_secret"], account) for account in accounts] + [
-        (account["previous_secret"], account) for account in accounts
-        if (account["previous_secret_until"] or 0) > store.now()]
-    known = [(secret.encode(), account) for secret, account in known if secret]
+    accounts = store.rows(SECRETS, [store.now()])
+    known = [account for account in accounts if account["secret"]]
     if not known:
         raise Refused(503, "no secret is set yet: run `inbound secret rotate`")
+    content_type, body = environ.get("CONTENT_TYPE", ""), b""
     presented = presented_secret(environ)
     by_body = presented is None
     if presented is None:       # SocketLabs' may be in the body, of accounts that have its key
-        known = [(secret, account) for secret, account in known if account["validation_key"]]
+        known = [account for account in known if account["validation_key"]]
         body = body_of(environ) if known else b""
-        presented = secret_in(environ.get("CONTENT_TYPE", ""), body, known)
-    theirs = hashlib.sha256(presented).digest()
-    found = [(secret, account) for secret, account in known     # digests: all of one length
-             if hmac.compare_digest(hashlib.sha256(secret).digest(), theirs)]
+        presented = secret_in(content_type, body, known)
+    found = [account for account in known
+             if hmac.compare_digest(account["secret"].encode(), presented)]
     if not found:
-        store.refusals.append((store.now(), environ.get("REMOTE_ADDR") or "-"))
+        store.refusals.append((store.now(), environ.get("REMOTE_ADDR", "")))
         raise Refused(401, "no right secret in X-Mobieus-Inbound-Secret, ?secret= or HTTP Basic")
-    return found[0][1], body if by_body else body_of(environ), by_body
+    if not by_body:
+        body = body_of(environ)
+    own_addresses = [account["address"] for account in accounts]
+    return Post(found[0], own_addresses, content_type, body), by_body
 
 
 def presented_secret(environ: Row) -> bytes | None:
-    """The secret of header, query or HTTP Basic; b"" when unusable, None when in none."""
-    header = environ.get("HTTP_X_MOBIEUS_INBOUND_SECRET")
-    if header is not None:      # PEP 3333. A repeated header arrives joined: no match.
-        return str(header).encode("latin-1")
-    query = urllib.parse.parse_qs(environ.get("QUERY_STRING", ""), True, encoding="latin-1")
+    """The secret of header, query or HTTP Basic; None when in none of them.
+
+    One that is repeated is joined, as servers join headers, with what is in no secret.
+    """
+    header: str | None = environ.get("HTTP_X_MOBIEUS_INBOUND_SECRET")
+    if header is not None:
+        return header.encode("latin-1")     # PEP 3333
+    query = query_of(environ)
     if "secret" in query:
-        return query["secret"][0].encode("latin-1") if len(query["secret"]) == 1 else b""
+        return "\n".join(query["secret"]).encode("latin-1")
     scheme, _, credentials = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
     if scheme.lower() != "basic":
         return None
-    with contextlib.suppress(ValueError):   # RFC 7617 2: user-id ":" password. Any user-id.
+    try:        # RFC 7617 2: user-id ":" password. Any user-id.
         return base64.b64decode(credentials.strip(), validate=True).partition(b":")[2]
-    return b""
+    except ValueError:
+        return b""
 
 
-def secret_in(content_type: str, body: bytes, known: list[tuple[bytes, Row]]) -> bytes:
+def secret_in(content_type: str, body: bytes, known: list[Row]) -> bytes:
     """`SecretKey` of a body; before it is parsed a known secret has to stand in its bytes."""
-    if any(spellings(secret).search(body) for secret, _ in known):
+    text = body.decode("latin-1")
+    if any(spellings(account["secret"]).search(text) for account in known):
         with contextlib.suppress(Refused), one_heavy_at_a_time(body):
             fields = fields_of(content_type, body)
             if isinstance(fields, dict):
@@ -481,19 +483,28 @@ def secret_in(content_type: str, body: bytes, known: list[tuple[bytes, Row]]) ->
     return b""
 
 
-@functools.lru_cache(100)
-def spellings(secret: bytes) -> re.Pattern[bytes]:
-    """Find a text in bytes, however JSON or a URL spells it.
+def body_of(environ: Row) -> bytes:
+    """Return the request's body; Refused 413 over MAX_BODY, 400 when it ends early."""
+    length = int(environ.get("CONTENT_LENGTH") or 0)
+    is_open_ended = not length and environ.get("wsgi.input_terminated")
+    most = MAX_BODY + 1 if is_open_ended else min(length, MAX_BODY + 1)
+    body: bytes = environ["wsgi.input"].read(most)
+    if len(body) > MAX_BODY:
+        raise Refused(413, f"the body is larger than {MAX_BODY} bytes")
+    if len(body) < length:
+        raise Refused(400, f"the body ends after {len(body)} of {length} bytes")
+    return body
 
-    Each branch begins with a literal, so that re looks for first characters in C.
-    """
-    pattern = b""
+
+@functools.lru_cache(100)
+def spellings(secret: str) -> re.Pattern[str]:
+    """Find a secret (ASCII), however JSON or a URL spells it, in any case."""
+    pattern = ""
     for char in secret:
-        digits = b"%x[%x%X]" % (char >> 4, char & 15, char & 15)
-        itself = re.escape(b"%c" % char)
-        blank = rb"|\+" if char == 32 else b""
-        pattern += rb"(?:%b|\\%b|%%%b|\\u00%b%b)" % (itself, itself, digits, digits, blank)
-    return re.compile(pattern)
+        itself, digits = re.escape(char), f"{ord(char):02x}"
+        blank = r"|\+" if char == " " else ""
+        pattern += rf"(?:{itself}|\\{itself}|%{digits}|\\u00{digits}{blank})"
+    return re.compile(pattern, re.I)
 
 
 # -----------------------------------------------------------------------------------------
@@ -1564,29 +1575,31 @@ def attribute_of(tag: str, name: str) -> str:
 
 # -----------------------------------------------------------------------------------------
 # Classify: one table, from the surest sign to the weakest; the first that holds decides. Only
-# the outermost headers count. What a sender writes in headers (`Sign`) is looked up apart
-# from what we know ourselves (`Fact`). No sign is ever a reason to drop a mail: it says who
+# the outermost headers count. What a sender writes in headers (`header`) is looked up apart
+# from what we know ourselves (`Sign`). No sign is ever a reason to drop a mail: it says who
 # is not answered, and where the mail goes.
 
 class Evidence:
-    """What the tables look at, of a message."""
+    """What the signs look at, of a message."""
 
     def __init__(self, message: Message):
         self.headers: dict[str, list[str]] = {}     # by lower-case name, values as written
         for name, value in message.headers:
             self.headers.setdefault(name.lower(), []).append(value[:2000])
         self.author = local_part(message.from_address) if message.from_count else ""
-        self.sender = (message.envelope_from or "").lower()     # MAIL FROM, "" = unknown too
+        self.envelope_from = (message.envelope_from or "").lower()      # "" = null or unknown
+        self.sender = local_part(self.envelope_from)
         self.is_null = message.envelope_from == ""
         self.subject = message.subject[:2000]
-        self.parts = [attachment.content_type for attachment in message.attachments]
-        self.verdict = message.verdict
-
-    def has(self, name: str, pattern: str) -> bool:
-        return any(re.fullmatch(pattern, value, re.I) for value in self.headers.get(name, ()))
+        self.types = {attachment.content_type for attachment in message.attachments}
+        self.verdicts = message.verdict.split("\n")
 
     def first(self, name: str) -> str:
         return self.headers.get(name, [""])[0]
+
+
+Test = Callable[[Evidence], object]
+Sign = tuple[str, Test, str]        # kind, whether it holds, reason in words with the source
 
 
 def keyword(value: str) -> str:
@@ -1601,35 +1614,45 @@ def keyword(value: str) -> str:
     return value.partition(";")[0].strip(' \t:"\'').lower()
 
 
-@dataclass(frozen=True)
-class Sign:
-    """Headers (lower case) of which a value, read by `by`, matches as a whole, in any case."""
+def matching(names: str, pattern: str, by: Callable[..., str] = keyword) -> Test:
+    """Whether of these headers (lower case) a value, read by `by`, matches as a whole."""
+    compiled = re.compile(pattern, re.I)
+    keys = names.split()
 
-    kind: str
-    headers: str
-    pattern: str
-    reason: str                         # in words, with the source
-    by: Callable[[str], str] = keyword
+    def holds(mail: Evidence) -> bool:
+        for key in keys:
+            for value in mail.headers.get(key, ()):
+                if compiled.fullmatch(by(value)):
+                    return True
+        return False
+
+    return holds
 
 
-@dataclass(frozen=True)
-class Fact:
-    """What we know of a message ourselves, or more than one header tells."""
-
-    kind: str
-    holds: Callable[[Evidence], object]
-    reason: str
+def header(kind: str, names: str, pattern: str, reason: str,
+           by: Callable[..., str] = keyword) -> Sign:
+    return kind, matching(names, pattern, by), reason
 
 
 def any_of(*phrases: str) -> str:
     return "(?:" + "|".join(phrases) + ")"
 
 
-DAEMON = re.compile("mailer-daemon|mail-daemon|mdaemon")
-POSTMASTER = re.compile("post[-_.]?master")
+DAEMON = "mailer-daemon|mail-daemon|mdaemon"
+POSTMASTER = "post[-_.]?master"
+LIST_SENDER = any_of(
+    "owner-.+", ".+[-+]owner(?:[-+].*)?", ".+-request", ".+-bounces?", "bounces?(?:[+=-].*)?",
+    ".*noreply.*", "(?:.*[-_.+])?no[-_.]repl(?:y|ies).*")
+is_daemon = re.compile(DAEMON).fullmatch
+is_postmaster = re.compile(POSTMASTER).fullmatch
+is_list_sender = re.compile(LIST_SENDER).fullmatch
+is_never_answered = re.compile(any_of(
+    LIST_SENDER, DAEMON, POSTMASTER, ".*do[-_.]?not[-_.]?reply.*",
+    "mailerdaemon", "no[-_.]?respond.*", "auto[-_.]?(?:reply|responder)", "nobody", "abuse",
+    "root", "listserv", "majordomo", "mailman", "feedbackloop",
+    "(?:prvs|srs[01])=.*")).fullmatch       # rewritten envelopes, no one's mailbox
 REPLY = r"(?!\s*(?:re|aw|sv|antw(?:ort)?|res|fwd?|wg|tr|rv|enc|i)\s*:)"    # what it is not
-NO_ANSWER = r"(?:.*[,;\s])?(?:all|autoreply)(?:[,;\s].*)?"
-VACATION_SUBJECT = re.compile(REPLY + any_of(
+is_vacation = re.compile(REPLY + any_of(
     r"(?:\[[^\]]*\]\s*)*" + any_of(
         "automatic reply", "auto(?:matic)?[- ]?(?:reply|response)",
         "out of (?:the )?office(?: autoreply| reply)?",
@@ -1642,163 +1665,120 @@ VACATION_SUBJECT = re.compile(REPLY + any_of(
         "автоматический ответ", "自動応答", "自动回复", "自動回覆",
     ) + r"\s*(?:[:：].*|$)",
     r"(?:\[[^\]]*\]\s*)*auto\s*[:：].*",
-    r".* is out of the office(?:\.| until .*| ?\(returning.*)?"), re.I)
-MAYBE_VACATION_SUBJECT = re.compile(REPLY + ".*" + any_of(
+    r".* is out of the office(?:\.| until .*| ?\(returning.*)?"), re.I).fullmatch
+may_be_vacation = re.compile(REPLY + ".*" + any_of(
     "fuera de (?:la )?oficina", "fora do escritório", r"\bausência\b", r"\bausencia\b",
     r"\bis out of (?:the )?office(?=\W*$)", r"\best absente?\b", "message d['’]absence",
-    r"\babwesend\b") + ".*", re.I)
-BOUNCE_SUBJECT = re.compile(REPLY + ".*" + any_of(
+    r"\babwesend\b") + ".*", re.I).fullmatch
+is_bounce = re.compile(REPLY + ".*" + any_of(
     "undeliver", "returned mail", "failure notice", "unzustellbar", "non remis",
     "delivery (?:status notification|failure|has failed|incomplete)",
-    "mail delivery (?:failed|failure|system)") + ".*", re.I)
+    "mail delivery (?:failed|failure|system)") + ".*", re.I).fullmatch
+is_spam = re.compile(
+    r"\s*(?:(?:fail|spam|yes|true)\b.*|(?:[5-9]|\d\d+)(?:\.\d+)?\s*)", re.I).fullmatch
+
+is_automatic = matching("auto-submitted", "(?!no$).+")
+is_refusal = matching("auto-submitted", ".*rejected.*", str)
+is_report = matching("content-type", "multipart/report.*", str)
+is_receipt = matching("content-type", "multipart/report.*disposition-notification.*", str)
+is_of_rules_agent = matching("x-ms-exchange-generated-message-source", "mailbox rules agent")
+wants_no_answer = matching(
+    "x-auto-response-suppress", r"(?:.*[,;\s])?(?:all|autoreply)(?:[,;\s].*)?", str)
 
 
-def is_bounce_like(mail: Evidence) -> bool:
+def is_bounce_like(mail: Evidence) -> object:
     """A second sign of a bounce, where the first is none by itself."""
-    return bool(mail.is_null or BOUNCE_SUBJECT.fullmatch(mail.subject)
-                or DAEMON.fullmatch(local_part(mail.sender))
-                or any(keyword(value) not in ("", "no")
-                       for value in mail.headers.get("auto-submitted", ()))
-                or mail.has("content-type", "multipart/report.*"))
+    return (mail.is_null or is_bounce(mail.subject) or is_daemon(mail.sender)
+            or is_automatic(mail) or is_report(mail))
 
 
-def is_exchange_vacation(mail: Evidence) -> bool:
+def is_exchange_vacation(mail: Evidence) -> object:
     """Its Mailbox Rules Agent also redirects people's mail (RFC 5322 3.6.6)."""
-    return (mail.has("x-ms-exchange-generated-message-source", "mailbox rules agent")
-            and (mail.is_null or mail.has("x-auto-response-suppress", NO_ANSWER))
-            and not any(name.startswith("resent-") for name in mail.headers))
+    is_redirected = any(name.startswith("resent-") for name in mail.headers)
+    is_silent = mail.is_null or wants_no_answer(mail)
+    return is_silent and not is_redirected and is_of_rules_agent(mail)
 
 
-def is_exchange_rule(mail: Evidence) -> bool:
-    """Alone the header may stand on what a rule forwarded for a person."""
-    return "x-ms-exchange-inbox-rules-loop" in mail.headers and (
-        mail.has("x-auto-response-suppress", NO_ANSWER)
-        or mail.has("auto-submitted", r"(?!no\b).+"))
-
-
-def whole(value: str) -> str:
-    return value
-
-
-SIGNS: tuple[Sign | Fact, ...] = (
-    Sign("bounce", "content-type", "multipart/report.*delivery-status.*",
-         "a delivery status report (RFC 3464 2)", whole),
-    Sign("bounce", "content-type", "multipart/report.*feedback-report.*",
-         "an abuse report (RFC 5965)", whole),
-    Fact("bounce", lambda mail: mail.has(
-        "content-type", "multipart/report.*disposition-notification.*")
-        and mail.has("auto-submitted", ".*rejected.*"),
-        "a refusal in the form of a receipt (RFC 5429)"),
-    Sign("auto-reply", "content-type", "multipart/report.*disposition-notification.*",
-         "a receipt (RFC 8098 2)", whole),
-    Sign("bounce", "x-failed-recipients", ".+", "X-Failed-Recipients (Exim, Gmail)"),
+SIGNS: tuple[Sign, ...] = (
+    header("bounce", "content-type", "multipart/report.*delivery-status.*",
+           "a delivery status report (RFC 3464 2)", str),
+    header("bounce", "content-type", "multipart/report.*feedback-report.*",
+           "an abuse report (RFC 5965)", str),
+    ("bounce", lambda mail: is_receipt(mail) and is_refusal(mail),
+     "a refusal in the form of a receipt (RFC 5429)"),
+    ("auto-reply", is_receipt, "a receipt (RFC 8098 2)"),
+    header("bounce", "x-failed-recipients", ".+", "X-Failed-Recipients (Exim, Gmail)"),
     # Before Auto-Submitted: daemons write auto-replied too (RFC 3834 5.2 knows the misuse).
-    Fact("bounce", lambda mail: DAEMON.fullmatch(mail.author), "From is a mailer daemon"),
+    ("bounce", lambda mail: is_daemon(mail.author), "From is a mailer daemon"),
     # RFC 3834 5: any keyword but "no" is automatic.
-    Sign("auto-reply", "auto-submitted", "(?!(?:no|auto-generated|auto-notified)$).+",
-         "Auto-Submitted (RFC 3834 5.2)"),
-    Sign("auto-reply", "x-autoreply x-auto-reply x-autorespond x-autoresponder x-autoresponse "
-         "x-autoreply-from x-mail-autoreply x-vacation", "(?!(?:no|false|0)$).+",
-         "an autoresponder's own header"),
-    Sign("auto-reply", "precedence x-precedence preference", "auto_reply",
-         "Precedence: auto_reply"),
-    Sign("auto-reply", "x-autogenerated", "reply", "X-Autogenerated: reply (Communigate)"),
-    Sign("auto-reply", "x-fc-machinegenerated", "true", "X-FC-MachineGenerated (FirstClass)"),
-    Sign("auto-reply", "x-post-messageclass", r"9\b.*|.*autoresponder.*",
-         "X-POST-MessageClass (Mailtraq)", whole),
-    Sign("auto-reply", "delivered-to", "autoresponder", "Delivered-To: Autoresponder (qmail)"),
-    Sign("auto-reply", "x-apple-action", "vacation.*", "X-Apple-Action: VACATION (iCloud)"),
-    Fact("auto-reply", is_exchange_vacation, "Exchange's Mailbox Rules Agent"),
-    Fact("auto-reply", is_exchange_rule, "an Exchange rule's own mail, or one without answer"),
+    header("auto-reply", "auto-submitted", "(?!(?:no|auto-generated|auto-notified)$).+",
+           "Auto-Submitted (RFC 3834 5.2)"),
+    header("auto-reply", "x-autoreply x-auto-reply x-autorespond x-autoresponder x-autoresponse "
+           "x-autoreply-from x-mail-autoreply x-vacation", "(?!(?:no|false|0)$).+",
+           "an autoresponder's own header"),
+    header("auto-reply", "precedence x-precedence preference", "auto_reply",
+           "Precedence: auto_reply"),
+    header("auto-reply", "x-autogenerated", "reply", "X-Autogenerated: reply (Communigate)"),
+    header("auto-reply", "x-fc-machinegenerated", "true", "X-FC-MachineGenerated (FirstClass)"),
+    header("auto-reply", "x-post-messageclass", r"9\b.*|.*autoresponder.*",
+           "X-POST-MessageClass (Mailtraq)", str),
+    header("auto-reply", "delivered-to", "autoresponder", "Delivered-To: Autoresponder (qmail)"),
+    header("auto-reply", "x-apple-action", "vacation.*", "X-Apple-Action: VACATION (iCloud)"),
+    ("auto-reply", is_exchange_vacation, "Exchange's Mailbox Rules Agent"),
+    # Alone the header may stand on what a rule forwarded for a person.
+    ("auto-reply", lambda mail: "x-ms-exchange-inbox-rules-loop" in mail.headers and (
+        wants_no_answer(mail) or is_automatic(mail)),
+     "an Exchange rule's own mail, or one without answer"),
     # RFC 3834 3.1.5 warns of it as proof; nine of fourteen vacation notices have nothing else.
-    Fact("auto-reply", lambda mail: VACATION_SUBJECT.fullmatch(mail.subject),
-         "the subject of a vacation notice"),
-    Fact("bounce", lambda mail: DAEMON.fullmatch(local_part(mail.sender)),
-         "the envelope sender is a mailer daemon (RFC 3834 7)"),
-    Sign("bounce", "x-postal-bounce", "true|1", "the provider takes it for a bounce"),
-    Fact("bounce", lambda mail: "message/delivery-status" in mail.parts and (
-        is_bounce_like(mail) or POSTMASTER.fullmatch(mail.author)), "it carries a delivery status"),
-    Fact("bounce", lambda mail: POSTMASTER.fullmatch(mail.author) and is_bounce_like(mail),
-         "postmaster, and a sign of a bounce"),
-    Fact("bounce", lambda mail: (mail.is_null or not mail.author) and (
-        BOUNCE_SUBJECT.fullmatch(mail.subject)), "from nobody, with the subject of a bounce"),
-    Sign("machine", "auto-submitted", "auto-generated|auto-notified",
-         "Auto-Submitted: nobody typed it (RFC 3834 5.1)"),
-    Sign("machine", "x-ms-exchange-generated-message-source", "(?!mailbox rules agent$).+",
-         "made by an Exchange agent"),
-    Sign("machine", "x-arf feedback-type", "(?!no$).+", "an abuse report (X-ARF, RFC 5965)"),
-    Sign("list", "precedence x-precedence", "list", "Precedence: list (RFC 3834 2)"),
-    Sign("list", "list-id list-post list-owner list-archive list-help list-subscribe "
-         "mailing-list x-beenthere x-mailman-version", ".*",
-         "a mailing list's header (RFC 2919, RFC 5230 4.6)"),
-    Sign("bulk", "precedence x-precedence", r"(?:bulk|junk)\b.*",
-         "Precedence: bulk or junk (RFC 3834 2)"),
-    Sign("bulk", "list-unsubscribe list-unsubscribe-post feedback-id x-campaignid "
-         "x-csa-complaints", ".*", "a mass mailing's header"))
-
-# What forbids the confirmation of a person's mail, and classifies nothing.
-LIST_SENDERS = any_of(
-    "owner-.+", ".+[-+]owner(?:[-+].*)?", ".+-request", ".+-bounces?", "bounces?(?:[+=-].*)?",
-    ".*noreply.*", "(?:.*[-_.+])?no[-_.]repl(?:y|ies).*")
-NEVER_ANSWERED = re.compile(any_of(
-    LIST_SENDERS, DAEMON.pattern, POSTMASTER.pattern, ".*do[-_.]?not[-_.]?reply.*", "mailerdaemon",
-    "no[-_.]?respond.*", "auto[-_.]?(?:reply|responder)", "nobody", "abuse", "root", "listserv",
-    "majordomo", "mailman", "feedbackloop",
-    "(?:prvs|srs[01])=.*"))     # rewritten envelopes, no one's mailbox
-SPAM = re.compile(r"\s*(?:(?:fail|spam|yes|true)\b.*|(?:[5-9]|\d\d+)(?:\.\d+)?\s*)", re.I)
-WITHHOLDING: tuple[Sign | Fact, ...] = (
-    Fact("", lambda mail: mail.is_null, "the envelope sender is null (RFC 3834 2)"),
-    Fact("", lambda mail: NEVER_ANSWERED.fullmatch(mail.author),
-         "From is an address that is never answered (RFC 3834 2, RFC 5230 4.6)"),
-    Fact("", lambda mail: re.fullmatch(LIST_SENDERS, local_part(mail.sender)),
-         "the envelope sender is one that is never answered (RFC 3834 7)"),
+    ("auto-reply", lambda mail: is_vacation(mail.subject), "the subject of a vacation notice"),
+    ("bounce", lambda mail: is_daemon(mail.sender),
+     "the envelope sender is a mailer daemon (RFC 3834 7)"),
+    header("bounce", "x-postal-bounce", "true|1", "the provider takes it for a bounce"),
+    ("bounce", lambda mail: "message/delivery-status" in mail.types and (
+        is_bounce_like(mail) or is_postmaster(mail.author)), "it carries a delivery status"),
+    ("bounce", lambda mail: is_postmaster(mail.author) and is_bounce_like(mail),
+     "postmaster, and a sign of a bounce"),
+    ("bounce", lambda mail: (mail.is_null or not mail.author) and is_bounce(mail.subject),
+     "from nobody, with the subject of a bounce"),
+    header("machine", "auto-submitted", "auto-generated|auto-notified",
+           "Auto-Submitted: nobody typed it (RFC 3834 5.1)"),
+    header("machine", "x-ms-exchange-generated-message-source", "(?!mailbox rules agent$).+",
+           "made by an Exchange agent"),
+    header("machine", "x-arf feedback-type", "(?!no$).+", "an abuse report (X-ARF, RFC 5965)"),
+    header("list", "precedence x-precedence", "list", "Precedence: list (RFC 3834 2)"),
+    header("list", "list-id list-post list-owner list-archive list-help list-subscribe "
+           "mailing-list x-beenthere x-mailman-version", ".*",
+           "a mailing list's header (RFC 2919, RFC 5230 4.6)"),
+    header("bulk", "precedence x-precedence", r"(?:bulk|junk)\b.*",
+           "Precedence: bulk or junk (RFC 3834 2)"),
+    header("bulk", "list-unsubscribe list-unsubscribe-post feedback-id x-campaignid "
+           "x-csa-complaints", ".*", "a mass mailing's header"),
+    # From here on it is a person's mail that is not to be confirmed, and the last one's that is.
+    ("human", lambda mail: mail.is_null, "the envelope sender is null (RFC 3834 2)"),
+    ("human", lambda mail: is_never_answered(mail.author),
+     "From is an address that is never answered (RFC 3834 2, RFC 5230 4.6)"),
+    ("human", lambda mail: is_list_sender(mail.sender),
+     "the envelope sender is one that is never answered (RFC 3834 7)"),
     # Not the envelope sender, which only the first header can tell; yet nobody writes it idly.
-    Sign("", "return-path", "<>", "Return-Path is null (RFC 3834 2)", whole),
-    Fact("", lambda mail: BOUNCE_SUBJECT.fullmatch(mail.subject)
-         and not mail.first("in-reply-to"), "the subject of a bounce"),
-    Fact("", lambda mail: MAYBE_VACATION_SUBJECT.fullmatch(mail.subject),
-         "the subject may be a vacation notice's"),
-    Sign("", "x-loop x-auto-generated", "yes|true|hd-.*", "another helpdesk marks its mail so"),
-    Sign("", "x-rt-loop-prevention x-roundup-loop x-otrs-loop x-hmxmroriginalrecipient", ".*",
-         "another helpdesk's own mail, or a complaint"),
-    Sign("", "x-auto-response-suppress", NO_ANSWER,
-         "X-Auto-Response-Suppress asks for none (MS-OXCMAIL 2.1.3.2.20)", whole),
-    # Of these only the first can be our own server's.
-    Fact("", lambda mail: any(SPAM.fullmatch(line) for line in (
-        *mail.verdict.split("\n"), mail.first("x-spam-flag"), mail.first("x-spam-status"),
-        mail.first("x-mailgun-sflag"))), "the provider takes it for spam"),
-    Fact("", lambda mail: re.search(
+    header("human", "return-path", "<>", "Return-Path is null (RFC 3834 2)", str),
+    ("human", lambda mail: is_bounce(mail.subject) and not mail.first("in-reply-to"),
+     "the subject of a bounce"),
+    ("human", lambda mail: may_be_vacation(mail.subject),
+     "the subject may be a vacation notice's"),
+    header("human", "x-loop x-auto-generated", "yes|true|hd-.*",
+           "another helpdesk marks its mail so"),
+    header("human", "x-rt-loop-prevention x-roundup-loop x-otrs-loop x-hmxmroriginalrecipient",
+           ".*", "another helpdesk's own mail, or a complaint"),
+    ("human", wants_no_answer,
+     "X-Auto-Response-Suppress asks for none (MS-OXCMAIL 2.1.3.2.20)"),
+    # Of these headers only the first can be our own server's.
+    ("human", lambda mail: any(map(is_spam, (
+        *mail.verdicts, mail.first("x-spam-flag"), mail.first("x-spam-status"),
+        mail.first("x-mailgun-sflag")))), "the provider takes it for spam"),
+    ("human", lambda mail: re.search(
         r"\bdmarc\s*=\s*fail", mail.first("authentication-results"), re.I),
-        "From may be forged, DMARC failed (RFC 8601 5)"))
-
-
-class Table:
-    """Rows of signs and facts, compiled once and found by the headers that are there."""
-
-    def __init__(self, rows: tuple[Sign | Fact, ...]):
-        self.facts = [(place, row) for place, row in enumerate(rows) if isinstance(row, Fact)]
-        self.signs: dict[str, list[tuple[int, Sign, re.Pattern[str]]]] = {}
-        for place, row in enumerate(rows):
-            if isinstance(row, Sign):
-                pattern = re.compile(row.pattern, re.I)
-                for name in row.headers.split():
-                    self.signs.setdefault(name, []).append((place, row, pattern))
-
-    def first_row(self, mail: Evidence) -> Sign | Fact | None:
-        """The first row that holds."""
-        held: list[tuple[int, Sign | Fact]] = []
-        for name in self.signs.keys() & mail.headers.keys():
-            for place, sign, pattern in self.signs[name]:
-                if any(pattern.fullmatch(sign.by(value)) for value in mail.headers[name]):
-                    held.append((place, sign))
-        first = min(held, key=lambda each: each[0], default=(sys.maxsize, None))
-        for place, fact in self.facts:
-            if place < first[0] and fact.holds(mail):
-                return fact
-        return first[1]
-
-
-SIGN_TABLE, WITHHOLDING_TABLE = Table(SIGNS), Table(WITHHOLDING)
+     "From may be forged, DMARC failed (RFC 8601 5)"),
+    ("human", lambda mail: True, ""))
 
 
 def classify(message: Message, own_addresses: list[str], trusted: str) -> tuple[str, str, str]:
@@ -1807,50 +1787,55 @@ def classify(message: Message, own_addresses: list[str], trusted: str) -> tuple[
     `trusted` are the account's forwarders, addresses between commas.
     """
     mail = Evidence(message)
-    forwarders = {word.strip().lower() for word in trusted.split(",")} - {""}
-    take_off_stamps(mail, {address.lower() for address in own_addresses}, forwarders)
-    if found := SIGN_TABLE.first_row(mail):
-        return found.kind, found.reason, f"never for {found.kind} mail (RFC 3834 2)"
-    withheld = WITHHOLDING_TABLE.first_row(mail)
-    return "human", "no sign of automatic mail", withheld.reason if withheld else ""
+    take_off_stamps(mail, own_addresses, trusted)
+    kind, _, reason = next(sign for sign in SIGNS if sign[1](mail))
+    if kind == "human":
+        return kind, "no sign of automatic mail", reason
+    return kind, reason, f"never for {kind} mail (RFC 3834 2)"
 
 
-LIST_STAMPS = (
+# name → word that is taken off; "" = whatever it says.
+LIST_STAMPS = dict.fromkeys((
     "list-id list-post list-owner list-archive list-help list-subscribe list-unsubscribe "
     "list-unsubscribe-post mailing-list x-beenthere x-mailman-version feedback-id x-campaignid "
-    "x-csa-complaints").split()
-FORWARDER_MARKS = ("x-ms-exchange-inbox-rules-loop", "resent-from", "x-forwarded-for",
-                   "x-forwarded-to")
-FORWARDER_STAMPS = ("x-ms-exchange-inbox-rules-loop", "x-ms-exchange-generated-message-source")
+    "x-csa-complaints").split(), "") | {"precedence": "list", "x-precedence": "list"}
+FORWARDER_STAMPS = LIST_STAMPS | {
+    "x-ms-exchange-inbox-rules-loop": "",
+    "x-ms-exchange-generated-message-source": "",
+    "auto-submitted": "auto-generated"}
+FORWARDER_MARKS = (
+    "x-ms-exchange-inbox-rules-loop", "resent-from", "x-forwarded-for", "x-forwarded-to")
 
 
-def take_off_stamps(mail: Evidence, own: set[str], forwarders: set[str]) -> None:
+def take_off_stamps(mail: Evidence, own_addresses: list[str], trusted: str) -> None:
     """Take off what our own groups and trusted forwarders stamped on a person's mail.
 
     Through them every customer's mail has a List-Id or an Auto-Submitted.
     """
-    ours = own | forwarders
+    forwarders = set(re.findall(r"[^\s,]+", trusted.lower()))
+    ours = forwarders.union(map(str.lower, own_addresses))
     ours |= {address.replace("@", ".") for address in ours}     # List-Id: <support.example.org>
-    is_forwarded = mail.sender in forwarders or names_one_of(mail, FORWARDER_MARKS, forwarders)
-    if not is_forwarded and not names_one_of(mail, LIST_STAMPS, ours):
+    if mail.envelope_from in forwarders or names_one_of(mail, FORWARDER_MARKS, forwarders):
+        stamps = FORWARDER_STAMPS
+    elif names_one_of(mail, LIST_STAMPS, ours):
+        stamps = LIST_STAMPS
+    else:
         return
-    if not DAEMON.fullmatch(local_part(mail.sender)):
+    if not is_daemon(mail.sender):
         mail.sender = ""
-    dropped = [*LIST_STAMPS, *(FORWARDER_STAMPS if is_forwarded else ())]
-    words = {"precedence": "list", "x-precedence": "list"}
-    if is_forwarded:
-        words["auto-submitted"] = "auto-generated"
-    mail.headers = {
-        name: [value for value in values if keyword(value) != words.get(name)]
-        for name, values in mail.headers.items() if name not in dropped}
+    for name, word in stamps.items():
+        values = mail.headers.pop(name, [])
+        left = [value for value in values if word and keyword(value) != word]
+        if left:
+            mail.headers[name] = left
 
 
 def names_one_of(mail: Evidence, names: Iterable[str], addresses: set[str]) -> bool:
     """Whether one of the addresses stands in a header: in its <brackets> where it has any."""
     for name in names:
         for value in mail.headers.get(name, ()):
-            words = re.findall("<([^<>]*)>", value) or re.split(r"[\s;,]+", value)
-            if any(word.lower().removeprefix("mailto:") in addresses for word in words):
+            words = re.findall("<(?:mailto:)?([^<>]*)>", value.lower())
+            if not addresses.isdisjoint(words or re.split(r"[\s;,]+", value.lower())):
                 return True
     return False
 
@@ -1867,6 +1852,18 @@ def local_part(address: str) -> str:
 SUBJECT_TAG = re.compile(r"(?<![\w-])(T-)\s?([0-9A-Z]{4}-)\s?([0-9A-Z]{4})(?![\w-])", re.I | re.A)
 RETURNED_ID = re.compile(
     r"^[> \t]*(?:x-)?(?:original-)?message-id:\s*(<[^<>\s]+>)", re.I | re.M)
+PLACES = ("In-Reply-To", "References", "Exchange's parent id", "the returned message")
+# The first id that we know; of its messages the one as written, then of its own requester, then
+# the liveliest. Servers change an id's case and lose a trailing dot, hence the second spelling.
+# CROSS JOIN: an index look-up for each id, never a scan.
+THREAD = """
+    SELECT ticket.*, place.key AS place
+    FROM json_each(?) AS place CROSS JOIN json_each(place.value) AS named CROSS JOIN message
+    ON message.email_account = ? AND message_id COLLATE NOCASE
+        IN (named.value, rtrim(rtrim(named.value, '>'), '.') || '>')
+    JOIN ticket ON ticket.id = message.ticket
+    ORDER BY place.key, named.key, message_id = named.value DESC, requester = ? DESC,
+        updated_at DESC LIMIT 1"""
 
 
 def thread(db: DB, account: Row, message: Message, kind: str) -> tuple[Row | None, str]:
@@ -1874,21 +1871,12 @@ def thread(db: DB, account: Row, message: Message, kind: str) -> tuple[Row | Non
     # RFC 5322 3.6.4: In-Reply-To names the parent, and so does the last of References.
     # RFC 3464 2, RFC 8098 3.2.5: reports and receipts carry the mail that came back.
     exchange = header_values(message.headers, "x-ms-exchange-parent-message-id")
-    for place, ids in (("In-Reply-To", message.in_reply_to),
-                       ("References", message.references[::-1]),
-                       ("Exchange's parent id", ids_of(exchange)),
-                       ("the returned message", returned_ids(message, kind))):
-        for message_id in ids:
-            # As written, then of its own requester, then the liveliest. Servers change an id's
-            # case and lose a trailing dot, hence NOCASE and the second spelling.
-            ticket = db.execute("""SELECT ticket.* FROM message
-                JOIN ticket ON ticket.id = message.ticket
-                WHERE message.email_account = ? AND message_id COLLATE NOCASE IN (?, ?)
-                ORDER BY message_id = ? DESC, requester = ? DESC, updated_at DESC LIMIT 1""", [
-                    account["id"], message_id, message_id[:-1].rstrip(".") + ">", message_id,
-                    message.from_address]).fetchone()
-            if ticket:
-                return ticket, f"{place} names a message of this ticket"
+    ids = [message.in_reply_to, message.references[::-1], ids_of(exchange),
+           returned_ids(message) if kind in ("bounce", "auto-reply") else []]
+    ticket = any(ids) and db.execute(THREAD, [
+        ids, account["id"], message.from_address]).fetchone()
+    if ticket:
+        return ticket, f"{PLACES[ticket['place']]} names a message of this ticket"
     for halves in SUBJECT_TAG.findall(message.subject)[:5]:
         ticket = db.execute("SELECT * FROM ticket WHERE reference = ? AND email_account = ?", [
             "".join(halves).upper(), account["id"]]).fetchone()
@@ -1897,10 +1885,9 @@ def thread(db: DB, account: Row, message: Message, kind: str) -> tuple[Row | Non
     return None, "no id of a known message, so a new ticket"
 
 
-def returned_ids(message: Message, kind: str) -> list[str]:
+def returned_ids(message: Message) -> list[str]:
     """Message-ids of what a report sends back: in its parts, or its text (a provider's JSON)."""
-    is_report = kind in ("bounce", "auto-reply")
-    return RETURNED_ID.findall(report_of(message))[:20] if is_report else []
+    return RETURNED_ID.findall(report_of(message))[:20]
 
 
 def report_of(message: Message) -> str:
@@ -1932,12 +1919,13 @@ def mailbox_key(address: str) -> str:
 # process only the writer checkpoints: before 3.51.3 SQLite may corrupt a file that two do it
 # to at once.
 
-SCHEMA = Path(__file__).with_name("schema.sql")
+SCHEMA = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
 SCHEMA_VERSION, APPLICATION_ID = 2, 1768841828      # schema.sql's
 # These very classes: their heirs, IntegrityError and DataError, are the message's fault.
 TROUBLE = (sqlite3.OperationalError, sqlite3.DatabaseError, sqlite3.InternalError)
 Work = Callable[..., Any]       # (connection, seconds UTC, *args) → result
-Job = tuple[Work, tuple[Any, ...], "concurrent.futures.Future[Any]"]
+Future = concurrent.futures.Future[Any]
+sqlite3.register_adapter(list, json.dumps)      # lists stand in the file as JSON
 
 
 class Store:
@@ -1950,13 +1938,11 @@ class Store:
         self.checkpoints = checkpoints
         self.has_mail = threading.Event()               # wakes the courier
         self.refusals: deque[tuple[int, str]] = deque(maxlen=1000)  # (time, client) of 401s
-        self.uses_of_previous: dict[int, int] = {}      # email_account → time of a use
-        self.failing_since = 0.0                        # monotonic; 0 = the last write did not
-        self._is_open = False
-        self._jobs: deque[Job] = deque()
-        self._lock = threading.Lock()                   # of the writer and all below
+        self._was_open = False
+        self._jobs: deque[tuple[Work, tuple[Any, ...], Future]] = deque()
+        self._lock = threading.RLock()                  # of the writer and all below
         self._writer: DB | None = None
-        self._files: list[Any] = []                     # identity of file and -wal when opened
+        self._files: Row = {}                           # `files_at` the path when it was opened
         self._locked_until = 0.0                        # monotonic
         self._reader_lock = threading.Lock()
         self._reader: DB | None = None
@@ -1964,30 +1950,42 @@ class Store:
     def open(self, create: bool = True) -> bool:
         """Make the file if there is none, migrate an old one; return whether it was made.
 
-        Refused when it is not ours, newer than this program, or missing and `create` is false.
+        Refused when it is not ours, of no version that we know, or missing, if `create` is false
+        or it was there before.
         """
         try:
             if not os.path.exists(self.path):
-                if not create:
+                if self._was_open or not create:
                     raise Refused(503, f"no database at {self.path!r}: `inbound serve` makes one; "
                                        "--db FILE or $INBOUND_DB names another")
                 # Before SQLite does, so that its -wal and -shm get the same mode.
                 os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
-            with contextlib.closing(connect(self.path)) as db:
+            with contextlib.closing(self._connect()) as db:
                 was_made = migrate(db, self.path)
         except (OSError, sqlite3.Error) as error:
             raise Refused(503, f"cannot open the database {self.path!r}: {error}") from None
-        self._is_open = True
+        self._was_open = True
         return was_made
+
+    def _connect(self) -> DB:
+        """A connection with our settings, which begins its transactions itself; rows are dicts."""
+        db = sqlite3.connect(
+            self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+        db.row_factory = lambda cursor, row: {
+            column[0]: value for column, value in zip(cursor.description, row)}
+        # We do not set trusted_schema=OFF: SQLite 3.40 then refuses json_valid in a CHECK.
+        for setting in ("synchronous = FULL", "secure_delete = ON", "foreign_keys = ON",
+                        f"wal_autocheckpoint = {1000 * self.checkpoints}"):
+            db.execute(f"PRAGMA {setting}")
+        return db
 
     def rows(self, query: str, parameters: Any = ()) -> list[Row]:
         """All rows of a query; Refused 503."""
         try:
             with self._reader_lock:
                 if self._reader is None:
-                    if not self._is_open:
-                        self.open(create=not self._files)
-                    self._reader = connect(self.path)
+                    self.open()
+                    self._reader = self._connect()
                 return self._reader.execute(query, parameters).fetchall()
         except sqlite3.Error as error:
             raise Refused(503, f"the database cannot be read: {error}") from None
@@ -2009,7 +2007,7 @@ class Store:
 
         What `work` raises is raised here and undone alone. Refused 503 if nothing was stored.
         """
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        future = Future()
         self._jobs.append((work, args, future))
         with self._lock:
             if not future.done():       # nobody before us took it along
@@ -2022,75 +2020,60 @@ class Store:
             raise
 
     def _commit(self) -> None:
-        """One transaction for all that waits."""
-        jobs: list[Job] = []
-        results: list[Any] = []
+        """One transaction for all that waits, and for who comes before its end."""
+        results: dict[Future, Any] = {}
         try:
-            writer = self._writer_in_transaction()
-            jobs = self._take_jobs()    # not before: who came meanwhile shares the lock's fate
-            for work, args, future in jobs:
+            writer = self._begin()
+            while self._jobs:
+                work, args, future = self._jobs.popleft()
+                results[future] = None
                 try:
-                    results.append(in_savepoint(writer, work, self.now(), *args))
+                    results[future] = in_savepoint(writer, work, self.now(), *args)
                 except Exception as error:
                     if not writer.in_transaction:       # a full disk ends the whole of it
                         raise
-                    results.append(None)
                     future.set_exception(error)
             writer.execute("COMMIT")
             self._refuse_if_replaced()
         except Exception as error:
-            self._note_failure(error)
-            for _, _, future in jobs or self._take_jobs():
+            # Never a second fsync on a descriptor whose first failed, and SQLite may have opened
+            # the file to read only without a word: the next write opens it anew.
+            self._close_writer()
+            if "locked" in str(error):
+                self._locked_until = time.monotonic() + 1
+            while self._jobs:       # who waits behind us shares the fate
+                results[self._jobs.popleft()[2]] = None
+            for future in results:
                 if not future.done():
                     future.set_exception(error)
-            return
-        self.failing_since = 0.0
-        for (_, _, future), result in zip(jobs, results):
+        for future, result in results.items():
             if not future.done():
                 future.set_result(result)
 
-    def _take_jobs(self) -> list[Job]:
-        return [self._jobs.popleft() for _ in range(len(self._jobs))]
-
-    def _writer_in_transaction(self) -> DB:
-        if time.monotonic() < self._locked_until:
-            raise sqlite3.OperationalError("database is locked, as it was just now")
+    def _begin(self) -> DB:
+        """The writer in a transaction. Where a lock just was nobody waits for it a second time."""
+        is_new = self._writer is None
         if self._writer is None:
-            if not self._is_open:
-                self.open(create=not self._files)
-            self._writer = connect(self.path, self.checkpoints)
-            self._writer.execute("BEGIN IMMEDIATE")
-            self._files = self._identity()
-        else:
-            self._writer.execute("BEGIN IMMEDIATE")
+            self.open()
+            self._writer = self._connect()
+        wait = BUSY_TIMEOUT if time.monotonic() > self._locked_until else 0
+        self._writer.execute(f"PRAGMA busy_timeout = {1000 * wait:.0f}")
+        self._writer.execute("BEGIN IMMEDIATE")
+        if is_new:
+            self._files = files_at(self.path)
         return self._writer
-
-    def _note_failure(self, error: Exception) -> None:
-        """Never a second fsync on a descriptor whose first failed: the next write opens anew."""
-        self._close_writer()
-        if "locked" in str(error):      # who waits behind us would wait as long: for a second no
-            self._locked_until = time.monotonic() + 1
-        elif isinstance(error, sqlite3.Error):
-            self.failing_since = self.failing_since or time.monotonic()
-
-    def _identity(self) -> list[Any]:
-        """Device and inode of the file and its -wal; None for what is not there."""
-        found: list[Any] = []
-        for name in (self.path, self.path + "-wal"):
-            status = os.stat(name) if os.path.exists(name) else None
-            found.append(status and (status.st_dev, status.st_ino))
-        return found
 
     def _refuse_if_replaced(self) -> None:
         """Refused 503 when file or -wal is no longer the one that was opened; close both."""
-        found = self._identity()
+        found = files_at(self.path)
         if found == self._files:
             return
         self.close()
-        if found[0] != self._files[0] and found[1] == self._files[1]:
-            # Our -wal belongs to the file that is gone: SQLite would read it into the new one.
-            os.replace(self.path + "-wal", self.path + "-wal.of-the-replaced-file")
-        self._is_open = False
+        same = dict(found.items() & self._files.items())
+        if "" not in same:
+            # SQLite leaves a -wal whose file is gone, and would read it into the one that is there.
+            for end in same:
+                os.replace(self.path + end, f"{self.path}{end}.of-the-replaced-file")
         raise Refused(503, f"the database {self.path!r} was replaced or deleted while we served")
 
     def _close_writer(self) -> None:
@@ -2099,23 +2082,18 @@ class Store:
             self._writer = None
 
     def close(self) -> None:
-        self._close_writer()
-        with self._reader_lock:
+        """Close when nobody is at work: SQLite crashes where one is closed under a query."""
+        with self._lock, self._reader_lock:
+            self._close_writer()
             if self._reader is not None:
                 self._reader.close()
                 self._reader = None
 
 
-def connect(path: str, checkpoints: bool = False) -> DB:
-    """A connection with our settings, which begins its transactions itself; rows are dicts."""
-    db = sqlite3.connect(
-        path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
-    db.row_factory = lambda cursor, row: {
-        column[0]: value for column, value in zip(cursor.description, row)}
-    for setting in ("synchronous=FULL", "secure_delete=ON", "foreign_keys=ON",
-                    "trusted_schema=OFF", f"wal_autocheckpoint={1000 * checkpoints}"):
-        db.execute(f"PRAGMA {setting}")
-    return db
+def files_at(path: str) -> dict[str, Any]:
+    """(inode, device) of a database and its companions, as far as they are there."""
+    return {end: os.stat(path + end)[1:3] for end in ("", "-wal", "-shm")
+            if os.path.exists(path + end)}
 
 
 def in_savepoint(db: DB, work: Work, *args: Any) -> Any:
@@ -2134,97 +2112,130 @@ def in_savepoint(db: DB, work: Work, *args: Any) -> Any:
 
 def migrate(db: DB, path: str) -> bool:
     """Bring the file to SCHEMA_VERSION in one transaction; return whether it was empty."""
+    if version_of(db, path) == SCHEMA_VERSION:      # without a lock: who only reads waits for none
+        return False
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA foreign_keys = OFF")
-    db.execute("PRAGMA trusted_schema = ON")    # for json_valid in a CHECK
     db.execute("BEGIN IMMEDIATE")       # two processes may start at once
-    try:
-        found = db.execute("""SELECT application_id, user_version
-            FROM pragma_application_id, pragma_user_version""").fetchone()
-        version, names = found["user_version"], names_in(db)
-        if names and found["application_id"] != APPLICATION_ID:
-            raise Refused(503, f"{path!r} is the database of another program")
-        if version > SCHEMA_VERSION:
-            raise Refused(503, f"{path!r} has the newer schema version {version}: update inbound")
-        if not names:
-            run_script(db)
-            db.execute("UPDATE email_account SET inbound_secret = ?", [new_secret()])
-        for step in range(version, SCHEMA_VERSION) if names else ():
-            MIGRATIONS[step](db, path)
-        refuse_unreleased(db, path, re.findall(r"^CREATE TABLE (\w+)", SCHEMA.read_text(), re.M))
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
-    return not names
+    first = version = version_of(db, path)
+    while version != SCHEMA_VERSION:
+        MIGRATIONS[version](db)
+        version = version_of(db, path)
+    db.execute("COMMIT")
+    return first == 0
 
 
-def names_in(db: DB) -> dict[str, str]:
-    """{name: type} of tables, views, triggers and indexes."""
-    return {row["name"]: row["type"] for row in db.execute(
-        "SELECT name, type FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'")}
+def version_of(db: DB, path: str) -> int:
+    """The schema version of a file, 0 when it is empty; Refused when no step leads on from it."""
+    found = db.execute(VERSION, [APPLICATION_ID]).fetchone()
+    version: int = found["version"]
+    if not found["is_ours"]:
+        raise Refused(503, f"{path!r} is the database of another program")
+    if version > SCHEMA_VERSION:
+        raise Refused(503, f"{path!r} has the newer schema version {version}: update inbound")
+    if version < 0:
+        raise Refused(503, f"{path!r} comes from no released version of inbound")
+    return version
 
 
-def refuse_unreleased(db: DB, path: str, expected: Iterable[str]) -> None:
-    missing = {*expected} - {*names_in(db)}
-    if missing:
-        raise Refused(503, f"{path!r} comes from no released version: it lacks {min(missing)!r}")
+# Only the last of the files that call themselves version 1 has this view; it is the released one.
+VERSION = """
+    SELECT NOT size OR application_id = ? AS is_ours,
+        CASE WHEN NOT size THEN 0 WHEN user_version > 1 OR view THEN user_version ELSE -1 END
+            AS version
+    FROM pragma_application_id, pragma_user_version,
+        (SELECT count(*) AS size, sum(name = 'valid_secret') AS view FROM sqlite_schema)"""
 
 
-def run_script(db: DB) -> None:
-    """Run schema.sql inside the open transaction, which `executescript` would commit."""
+def new_file(db: DB) -> None:
+    run_script(db, SCHEMA)
+    db.execute("UPDATE email_account SET inbound_secret = ?", [new_secret()])
+
+
+def run_script(db: DB, script: str) -> None:
+    """Run statements inside the open transaction, which `executescript` would commit."""
     statement = ""
-    for line in SCHEMA.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in script.splitlines(keepends=True):
         statement += line
         if sqlite3.complete_statement(statement):
             db.execute(statement)
             statement = ""
 
 
-def from_version_1(db: DB, path: str) -> None:
+def from_version_1(db: DB) -> None:
     """Version 1 held tables of providers, signs and commands, and views that rendered text.
 
     All rows that people wrote and all settings are carried into tables made anew, so that
-    what stands in the file is what schema.sql says.
+    what stands in the file is what schema.sql says. An admin's own signs mean nothing any more;
+    they are kept to be read.
     """
-    names = names_in(db)
-    refuse_unreleased(db, path, ("valid_secret", "sign", "provider", "command"))
-    providers = db.execute("SELECT name, fields FROM provider WHERE id > 21").fetchall()
-    for name, kind in names.items():
-        if kind != "table":
-            db.execute(f'DROP {kind} IF EXISTS "{name}"')
-    # An admin's own signs mean nothing any more; they are kept to be read.
-    db.execute("DELETE FROM sign WHERE id <= 42")
-    if db.execute("SELECT 1 FROM sign").fetchone():
-        db.execute("ALTER TABLE sign RENAME TO sign_of_version_1")
-    for name in ("provider", "sign", "command"):
-        db.execute(f"DROP TABLE IF EXISTS {name}")
-    carried = ("queue", "email_account", "ticket", "message", "attachment", "outbox", "rejected")
-    db.execute("PRAGMA legacy_alter_table = ON")    # references keep their tables' names
-    for name in carried:
-        db.execute(f"ALTER TABLE {name} RENAME TO old_{name}")
-    run_script(db)
-    db.execute("""UPDATE old_email_account SET template = template || '{reference}
-'
-        WHERE NOT instr(template, '{reference}')""")
-    db.execute("""UPDATE old_email_account SET trusted_forwarders = NULL
-        WHERE trusted_forwarders NOT LIKE '_%@_%'""")
-    db.execute("DELETE FROM email_account")
-    db.execute("DELETE FROM queue")
-    for name in carried:
-        columns = ", ".join(
-            f'"{row["name"]}"' for row in db.execute(f"PRAGMA table_info(old_{name})"))
-        db.execute(f"INSERT INTO {name} ({columns}) SELECT {columns} FROM old_{name}")
-    for name in reversed(carried):
-        db.execute(f"DROP TABLE old_{name}")
-    for row in providers:
-        pairs = [word.partition("=") for word in (row["fields"] or "").split()]
-        insert(db, "provider", name=row["name"], fields=json.dumps(
-            {name: path or name for name, _, path in pairs}))
+    parts = db.execute("""SELECT name, type FROM sqlite_schema
+        WHERE type <> 'table' AND sql IS NOT NULL""").fetchall()
+    for part in parts:      # a view's triggers go with it
+        db.execute('DROP {type} IF EXISTS "{name}"'.format(**part))
+    run_script(db, OUT_OF_VERSION_1)
+    run_script(db, SCHEMA)
+    run_script(db, INTO_VERSION_2)
+    for row in db.execute("SELECT * FROM old_provider").fetchall():
+        pairs = [word.partition("=") for word in row["fields"].split()]
+        fields = {name: path or name for name, _, path in pairs}
+        insert(db, "provider", name=row["name"], fields=json.dumps(fields))
+    db.execute("DROP TABLE old_provider")
+    if not db.execute("SELECT 1 FROM sign_of_version_1").fetchone():
+        db.execute("DROP TABLE sign_of_version_1")
 
 
-MIGRATIONS = {1: from_version_1}        # user_version → what makes the next version of it
+OUT_OF_VERSION_1 = """
+    PRAGMA legacy_alter_table = ON;     -- references keep their tables' names
+    ALTER TABLE queue RENAME TO old_queue;
+    ALTER TABLE email_account RENAME TO old_email_account;
+    ALTER TABLE ticket RENAME TO old_ticket;
+    ALTER TABLE message RENAME TO old_message;
+    ALTER TABLE attachment RENAME TO old_attachment;
+    ALTER TABLE outbox RENAME TO old_outbox;
+    ALTER TABLE rejected RENAME TO old_rejected;
+    -- Of providers the first 21 were the program's own, of signs 42. Two may bear one name.
+    CREATE TABLE old_provider AS
+        SELECT name || iif(count(*) OVER (PARTITION BY name) > 1, ' ' || id, '') AS name, fields
+        FROM provider WHERE id > 21 AND fields IS NOT NULL;
+    CREATE TABLE sign_of_version_1 AS SELECT * FROM sign WHERE id > 42;
+    DROP TABLE provider;
+    DROP TABLE sign;
+    DROP TABLE command;
+    """
+INTO_VERSION_2 = """
+    DELETE FROM email_account;
+    DELETE FROM queue WHERE name <> 'Automatic';
+    INSERT OR REPLACE INTO queue SELECT id, iif(trim(name) = '', 'Queue ' || id, name), is_default
+        FROM old_queue;
+    INSERT INTO email_account (id, address, display_name, queue, is_default, inbound_secret,
+        previous_secret, previous_secret_until, validation_key, smtp_host, smtp_port, smtp_security,
+        smtp_username, smtp_password, confirmation_envelope_from, template,
+        confirmations_per_address_hour, confirmations_per_address_day, confirmations_per_hour,
+        trusted_forwarders)
+    SELECT id, address, display_name, queue, is_default, inbound_secret,
+        previous_secret, previous_secret_until, validation_key, smtp_host, smtp_port, smtp_security,
+        smtp_username, smtp_password, confirmation_envelope_from,
+        template || iif(instr(template, '{reference}'), '', '{reference}' || char(10)),
+        confirmations_per_address_hour, confirmations_per_address_day, confirmations_per_hour,
+        iif(trusted_forwarders LIKE '_%@_%', trusted_forwarders, NULL) FROM old_email_account;
+    INSERT INTO ticket SELECT * FROM old_ticket;
+    INSERT INTO message SELECT * FROM old_message;
+    INSERT INTO attachment SELECT * FROM old_attachment;
+    INSERT INTO outbox (id, message, email_account, purpose, recipient, mailbox, content, state,
+        attempts, created_at, next_attempt_at, give_up_at, last_error)
+    SELECT id, message, email_account, purpose, recipient, mailbox, content, state,
+        attempts, created_at, next_attempt_at, give_up_at, last_error FROM old_outbox;
+    INSERT INTO rejected SELECT * FROM old_rejected;
+    DROP TABLE old_queue;
+    DROP TABLE old_email_account;
+    DROP TABLE old_ticket;
+    DROP TABLE old_message;
+    DROP TABLE old_attachment;
+    DROP TABLE old_outbox;
+    DROP TABLE old_rejected;
+    """
+MIGRATIONS = {0: new_file, 1: from_version_1}       # user_version → what makes a later one of it
 
 
 def new_secret() -> str:
@@ -2238,7 +2249,8 @@ def new_secret() -> str:
 
 def file_post(db: DB, now: int, post: Post, filings: list[Filing | str], kept: Post) -> list[Row]:
     """Store each member of a post; of those that were not understood the post is `kept`, once."""
-    answers, faults = [], []
+    answers: list[Row] = []
+    faults: list[str] = []
     for filing in filings:
         try:
             if isinstance(filing, Filing):
@@ -2250,10 +2262,18 @@ def file_post(db: DB, now: int, post: Post, filings: list[Filing | str], kept: P
                 raise
             fault, kept = fault_of(error, post, "filing"), safe(post)
         faults.append(fault)
-        answers.append(quarantined(fault))
+        answers.append({"status": "quarantined", "ticket": None, "message": None, "kind": None,
+                        "confirmation": None, "reason": f"kept: {fault}"})
     if faults:
-        quarantine(db, now, kept, faults)
+        keep(db, now, kept, 200, "; ".join(dict.fromkeys(faults))[:2000])
     return answers
+
+
+KNOWN = """
+    SELECT ticket.*, message.id AS message, direction, digest, kind
+    FROM message JOIN ticket ON ticket.id = message.ticket
+    WHERE message.email_account = ? AND message_id = ?
+    ORDER BY digest = ? DESC, direction DESC LIMIT 1"""
 
 
 def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
@@ -2263,14 +2283,10 @@ def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
     the writer's lock makes safe, so that a repeat writes nothing and costs no fsync.
     """
     account, message, kind = post.account, filing.message, filing.kind
-    known = db.execute("""SELECT ticket.*, message.id AS message, direction, digest, kind
-        FROM message JOIN ticket ON ticket.id = message.ticket
-        WHERE message.email_account = ? AND message_id = ?
-        ORDER BY digest = ? DESC, direction DESC LIMIT 1""", [
-            account["id"], message.message_id, message.digest]).fetchone()
+    known = db.execute(KNOWN, [account["id"], message.message_id, message.digest]).fetchone()
     if known and known["digest"] == message.digest:
-        return answer_of("duplicate", known, known["message"], known["kind"], "not due",
-                         "stored before")
+        return {"status": "duplicate", "ticket": known["reference"], "message": known["message"],
+                "kind": known["kind"], "confirmation": "not due", "reason": "stored before"}
     if known and known["direction"] == "out":
         ticket, found = known, "it bears the Message-ID of a mail of ours"
         message.notes.append(found)
@@ -2290,27 +2306,25 @@ def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
         send_later(db, now, account, ticket, draft, "confirmation")
     elif kind == "bounce":
         fail_bounced(db, account, message)
-    return answer_of(status, ticket, row, kind, confirmation, reason)
-
-
-def answer_of(status: str, ticket: Row, message: int | None, kind: str | None,
-              confirmation: str | None, reason: str) -> Row:
-    return {"status": status, "ticket": ticket["reference"], "message": message, "kind": kind,
+    return {"status": status, "ticket": ticket["reference"], "message": row, "kind": kind,
             "confirmation": confirmation, "reason": reason}
 
 
 def open_ticket(db: DB, now: int, account: Row, message: Message, kind: str) -> Row:
     """Insert a ticket; automatic replies and bounces go to the queue `Automatic`."""
-    queue = account["queue"]
-    if kind in ("auto-reply", "bounce"):
-        queue = db.execute("SELECT id FROM queue WHERE name = 'Automatic'").fetchone()["id"]
     letters = "".join(secrets.choice("0123456789ABCDEFGHJKMNPQRSTVWXYZ") for _ in range(8))
-    ticket = {
-        "reference": f"T-{letters[:4]}-{letters[4:]}", "queue": queue,
-        "email_account": account["id"], "subject": message.subject,
-        "requester": message.from_address, "requester_name": message.from_name,
-        "created_at": now, "updated_at": now}
-    return ticket | {"id": insert(db, "ticket", **ticket)}
+    ticket: Row = db.execute(NEW_TICKET, account | vars(message) | {
+        "reference": f"T-{letters[:4]}-{letters[4:]}", "kind": kind, "now": now}).fetchone()
+    return ticket
+
+
+NEW_TICKET = """
+    INSERT INTO ticket (reference, queue, email_account, subject, requester, requester_name,
+        created_at, updated_at)
+    VALUES (:reference, iif(:kind IN ('auto-reply', 'bounce'),
+            (SELECT id FROM queue WHERE name = 'Automatic'), :queue), :id, :subject,
+        :from_address, :from_name, :now, :now)
+    RETURNING *"""
 
 
 def touch_ticket(db: DB, now: int, ticket: Row, message: Message, kind: str) -> None:
@@ -2324,85 +2338,79 @@ def touch_ticket(db: DB, now: int, ticket: Row, message: Message, kind: str) -> 
         WHERE message.ticket = ? AND outbox.mailbox = ?""", [ticket["id"], mailbox]).fetchone()
     if not is_party and kind not in ("bounce", "auto-reply"):
         message.notes.append(f"written by a stranger to this ticket: {message.from_address}")
-    status = "open" if kind == "human" and is_party else ticket["status"]
-    db.execute("UPDATE ticket SET updated_at = ?, status = ? WHERE id = ?", [
-        now, status, ticket["id"]])
+    db.execute("UPDATE ticket SET updated_at = ?, status = iif(?, 'open', status) WHERE id = ?", [
+        now, kind == "human" and bool(is_party), ticket["id"]])
 
 
 def insert_message(db: DB, now: int, ticket: Row, message: Message, reason: str,
                    kind: str | None = None, confirmation: str | None = None) -> int:
     """Insert a message and its attachments; return its id. Without a kind it is ours."""
-    identifier = insert(
-        db, "message", ticket=ticket["id"], email_account=ticket["email_account"],
-        direction="in" if kind else "out", kind=kind, reason=reason, confirmation=confirmation,
-        received_at=now, in_reply_to=" ".join(message.in_reply_to) or None,
-        **{name: getattr(message, name) for name in MESSAGE_COLUMNS})
+    row = db.execute(NEW_MESSAGE, ticket | vars(message) | {
+        "now": now, "reason": reason, "kind": kind, "confirmation": confirmation}).lastrowid
     for item in message.attachments:
-        insert(db, "attachment", message=identifier, size=len(item.content or b""),
-               **{name: getattr(item, name) for name in (
-                   "filename", "content_type", "content_id", "sha256", "content", "note")})
-    return identifier
+        db.execute(NEW_ATTACHMENT, vars(item) | {"message": row, "sha256": item.sha256})
+    return row or 0
 
 
-MESSAGE_COLUMNS = ("message_id", "digest", "references", "from_address", "from_name",
-                   "envelope_from", "to", "cc", "subject", "text", "html", "headers", "notes")
+NEW_MESSAGE = """
+    INSERT INTO message (ticket, email_account, direction, message_id, digest, in_reply_to,
+        "references", from_address, from_name, envelope_from, "to", cc, subject, text, html,
+        headers, kind, reason, confirmation, notes, received_at)
+    VALUES (:id, :email_account, iif(:kind IS NULL, 'out', 'in'), :message_id, :digest,
+        (SELECT group_concat(value, ' ') FROM json_each(:in_reply_to)),
+        :references, :from_address, :from_name, :envelope_from, :to, :cc, :subject, :text, :html,
+        :headers, :kind, :reason, :confirmation, :notes, :now)"""
+NEW_ATTACHMENT = """
+    INSERT INTO attachment (message, filename, content_type, content_id, size, sha256, content, note)
+    VALUES (:message, :filename, :content_type, :content_id, ifnull(length(:content), 0), :sha256,
+        :content, :note)"""
 
 
-def insert(db: DB, table: str, **row: Any) -> int:
-    """Insert a row, lists in it as JSON; return its id."""
-    values = [json.dumps(value) if isinstance(value, list) else value for value in row.values()]
-    return db.execute(insert_statement(table, *row), values).lastrowid or 0
-
-
-@functools.lru_cache(20)
-def insert_statement(table: str, *names: str) -> str:
-    columns = ", ".join(f'"{name}"' for name in names)
-    return f"INSERT INTO {table} ({columns}) VALUES ({', '.join('?' * len(names))})"
+def insert(db: DB, table: str, **row: Any) -> None:
+    """Insert a row."""
+    columns, marks = ", ".join(row), ", ".join("?" * len(row))
+    db.execute(f"INSERT INTO {table} ({columns}) VALUES ({marks})", [*row.values()])
 
 
 DELAYED = re.compile(r"delay|warning: (?:message|could not send)|still being retried|"
                      r"not yet been delivered|temporar|verzögert|will (?:continue|retry)", re.I)
+# RFC 3464 2.3.3; and what complains of a mail that did arrive (RFC 5965 3.1).
+NOT_FINAL = {"delayed", "delivered", "relayed", "expanded",
+             "abuse", "fraud", "virus", "other"}
 
 
 def fail_bounced(db: DB, account: Row, message: Message) -> None:
     """Mark our mail that a bounce brings back failed, unless the bounce is not final.
 
-    RFC 3464 2.3.3: these actions are not. Where none is told, codes that may pass and words of
-    a delay are not final either.
+    Where no action is told, codes that may pass and words of a delay are not final either.
     """
     report = report_of(message)
     codes = re.findall(r"(?<![\d.])(?:[245]\.\d{1,3}\.\d{1,3}|55\d)(?![\d.])", report)  # RFC 3463
-    actions = re.findall(r"^action:\s*(\w+)", report.lower(), re.M)
-    if actions:
-        is_final = not {*actions} <= {"delayed", "delivered", "relayed", "expanded"}
-    else:
-        is_final = {code[0] for code in codes} != {"4"} or not DELAYED.search(
-            message.subject + report)
-    if is_final:
-        ids = [*returned_ids(message, "bounce"), *message.in_reply_to, *message.references]
-        code = next((code for code in codes if code[0] == "5"), "no code")
-        db.execute("""UPDATE outbox SET state = 'failed', last_error = ? WHERE state = 'sent'
-            AND message IN (SELECT id FROM message WHERE email_account = ? AND direction = 'out'
-                AND message_id COLLATE NOCASE IN (SELECT value FROM json_each(?)))""", [
-                    f"bounced: {code}", account["id"], json.dumps(ids)])
+    actions = re.findall(r"^(?:action|feedback-type):\s*(\w+)", report.lower(), re.M)
+    is_passing = {code[0] for code in codes} == {"4"} and DELAYED.search(message.subject + report)
+    if NOT_FINAL.issuperset(actions) if actions else is_passing:
+        return
+    ids = [*returned_ids(message), *message.in_reply_to, *message.references]
+    code = next((code for code in codes if code[0] == "5"), "no code")
+    db.execute("""UPDATE outbox SET state = 'failed', last_error = ? WHERE state = 'sent'
+        AND message IN (SELECT id FROM message WHERE email_account = ? AND direction = 'out'
+            AND message_id COLLATE NOCASE IN (SELECT value FROM json_each(?)))""", [
+                f"bounced: {code}", account["id"], ids])
 
 
 def starred(account: Row, text: str) -> str:
     """`text` with the secrets of the account starred out."""
-    return starred_bytes(account, text.encode("utf-8", "ignore")).decode("utf-8", "ignore")
-
-
-def starred_bytes(account: Row, content: bytes) -> bytes:
     for secret in (account["inbound_secret"], account["previous_secret"]):
         if secret:
-            content = spellings(secret.encode()).sub(lambda found: b"*" * len(found[0]), content)
-    return content
+            text = spellings(secret).sub(lambda found: "*" * len(found[0]), text)
+    return text
 
 
 def safe(post: Post) -> Post:
-    """The post as it may be kept: without the secret."""
-    return replace(post, body=starred_bytes(post.account, post.body),
-                   content_type=starred(post.account, clean(post.content_type)))
+    """The post as it may be kept: without the secret. As Latin-1 each byte is a character."""
+    body = starred(post.account, post.body.decode("latin-1")).encode("latin-1")
+    return replace(
+        post, body=body, content_type=starred(post.account, clean(post.content_type)))
 
 
 def keep(db: DB, now: int, post: Post, status: int, reason: str) -> None:
@@ -2417,32 +2425,16 @@ def keep(db: DB, now: int, post: Post, status: int, reason: str) -> None:
         post.body, hashlib.sha256(post.body).hexdigest()])
 
 
-def quarantine(db: DB, now: int, post: Post, faults: list[str]) -> Row:
-    """Keep a safe post that raised something unexpected; return the answer's object."""
-    reason = "; ".join(dict.fromkeys(faults))[:2000]
-    keep(db, now, post, 200, reason)
-    return quarantined(reason)
-
-
-def quarantined(reason: str) -> Row:
-    nobody = {"reference": None}
-    return answer_of("quarantined", nobody, None, None, None, f"kept: {reason}")
-
-
 def rehearse(db: DB, now: int) -> None:
     """Try all that storing a message needs, and undo it."""
     account = db.execute("SELECT * FROM email_account ORDER BY is_default DESC").fetchone()
+    post = Post(account, [], "", b"rehearsal")
+    message = normalise({"from": "rehearsal@inbound.example", "text": secrets.token_hex(),
+                         "attachments": [{"content": ""}]}, is_strict=False)
     db.execute("SAVEPOINT rehearsal")
-    try:
-        post = Post(account, [], "", b"rehearsal")
-        message = normalise({"from": "rehearsal@inbound.example", "text": secrets.token_hex(),
-                             "attachments": [{"content": ""}]}, is_strict=False)
-        file_message(db, now, post, Filing(message, "human", "rehearsal"))
-        keep(db, now, post, 200, "rehearsal")
-    finally:
-        if db.in_transaction:
-            db.execute("ROLLBACK TO rehearsal")
-            db.execute("RELEASE rehearsal")
+    file_message(db, now, post, Filing(message, "human", "rehearsal"))
+    keep(db, now, post, 200, "rehearsal")
+    db.execute("ROLLBACK TO rehearsal")
 
 
 # -----------------------------------------------------------------------------------------

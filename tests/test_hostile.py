@@ -391,7 +391,7 @@ def outcome(desk, own_id):
 @pytest.mark.parametrize("change", [
     ("bounce-postfix-delayed.eml", "", ""), ("bounce-arf-complaint.eml", "", ""),
     ("vacation-null-sender.eml", "X-Autoreply: yes", "X-Autoreply: yes\nIn-Reply-To: {}"),
-    ("vacation-null-sender.eml", "X-Autoreply: yes", "References: {}"),
+    ("vacation-null-sender.eml", "X-Autoreply: yes", "X-Autoreply: yes\nReferences: {}"),
     ("bounce-postfix-delayed.eml", "Action: delayed\n", ""),
     ("bounce-dsn-relayed.eml", "", "")], ids=str)
 def test_a_report_that_is_no_failure_leaves_our_mail_sent(desk, sent, change):

@@ -222,7 +222,8 @@ def test_two_desks_exchange_one_confirmation_and_fall_silent(make_world, serve):
     confirmation = world.deliveries[1]
     assert (confirmation.envelope_from, confirmation.mail["Auto-Submitted"]) == ("", "auto-replied")
     assert all_is_kept(world)
-    assert two.execute("SELECT queue FROM tickets") == [("Automatic",)]
+    assert two.execute("SELECT queue.name FROM ticket JOIN queue ON queue.id = queue") == [
+        ("Automatic",)]
 
 
 def test_they_do_so_where_the_relays_refuse_the_null_sender(make_world, serve):
@@ -400,7 +401,7 @@ def test_a_desk_that_marks_all_its_mail_as_generated_gets_a_ticket_and_no_answer
     world.settle()
     assert world.traffic()[1:] == [(ONE, THEM, None, None), (THEM, ONE, "machine", "not due")]
     assert all_is_kept(world)
-    assert one.execute("SELECT queue, messages FROM tickets") == [("Support", 3)]
+    assert one.execute("SELECT queue, messages FROM inbox") == [("Support", 3)]
 
 
 def test_the_cap_ends_what_no_sign_tells_from_a_person(one):

@@ -226,7 +226,7 @@ def test_no_200_for_what_is_missing_after_the_nth_system_call_failed(file, serve
 def test_the_writing_connection_syncs_fully_and_writes_ahead(desk):
     for name, expected in (("synchronous", 2), ("journal_mode", "wal"), ("foreign_keys", 1)):
         [found] = desk.store.write(
-            lambda db, now, name=name: db.execute(f"PRAGMA {name}").fetchone())
+            lambda db, now, name=name: db.execute(f"PRAGMA {name}").fetchone().values())
         assert (name, found) == (name, expected)
 
 
