@@ -42,6 +42,7 @@ import codecs
 import concurrent.futures
 import contextlib
 import difflib
+import email.contentmanager
 import email.header
 import email.message
 import email.policy
@@ -69,6 +70,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import urllib.request
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -110,7 +112,7 @@ LOOK = 5                    # seconds between two looks at the outbox when nothi
 GIVE_UP = 24 * 3600         # seconds after which undelivered mail is failed
 FIRST_WAIT = 60             # seconds before the second try, doubled with each …
 MAX_WAIT = 3600             # … up to this
-MAX_REPLY = 500             # lines of one SMTP reply; past it the session is over
+MAX_REPLY = 2**16           # bytes of one SMTP reply; past it the session is over
 
 
 # -----------------------------------------------------------------------------------------
@@ -2562,50 +2564,48 @@ def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, s
     mail = email.message.EmailMessage(Verbatim(linesep="\r\n"))
     for header, value in {
             "From": email.utils.formataddr((name, ours)), "To": recipient,
-            "Subject": email.header.Header(subject, header_name="Subject").encode(),
+            "Subject": subject,
             "Date": email.utils.formatdate(now),
             # 128 random bits; the message row, not the id, says which ticket.
             "Message-ID": f"<{secrets.token_hex(16)}@{ours.rpartition('@')[2].lower()}>",
             "In-Reply-To": "".join(parents), "References": " ".join(known), **extra}.items():
         if value:
             mail[header] = value
-    mail.set_content(text, cte="quoted-printable")
-    headers = {**dict(mail.items()), "Subject": subject}
+    mail.set_content(text, cte="quoted-printable",
+                     content_manager=email.contentmanager.raw_data_manager)
     confirmation_from = account["confirmation_envelope_from"] or ""
     return Message(
         message_id=mail["Message-ID"], digest="", in_reply_to=parents, references=known,
         from_address=ours, from_name=name, envelope_from=confirmation_from if extra else ours,
         to=[recipient], cc=[], subject=subject, text=text, html=None,
-        headers=[[*pair] for pair in headers.items()]), safe_bytes(mail)
+        headers=[[*pair] for pair in mail.items()]), safe_bytes(mail)
 
 
-class Verbatim(email.policy.EmailPolicy):
-    """EmailMessage's policy, but headers are neither parsed nor folded, save between ids.
+class Verbatim(email.policy.Compat32):
+    """Headers stand as they are, ids one a line; an encoded subject is folded as RFC 2047 has it.
 
-    The stock one makes of a long In-Reply-To an encoded-word that threads nowhere, of a long
-    quoted name with commas in From several mailboxes, and of an encoded-word what it says.
+    The newer policy makes of a long In-Reply-To an encoded-word that threads nowhere, and of a
+    long quoted name with commas in From several mailboxes.
     """
 
-    def header_store_parse(self, name: str, value: str) -> tuple[str, str]:
-        return name, value
-
-    def header_fetch_parse(self, name: str, value: str) -> str:
-        return value
-
     def fold_binary(self, name: str, value: str) -> bytes:
-        lines = value.replace("> <", ">\n <").replace("\n", "\r\n")
-        return f"{name}: {lines}\r\n".encode()
+        if not value.isascii():
+            return super().fold_binary(name, value)
+        return f"{name}: {value}\r\n".replace("> <", ">\r\n <").encode()
 
 
 def safe_bytes(mail: email.message.EmailMessage) -> bytes:
     """A mail of ours in bytes; Refused unless they parse to the same headers and clean lines."""
     content = mail.as_bytes()
-    written = email.message_from_bytes(content).items()
-    if ([(name, value.split()) for name, value in written]
-            != [(name, value.split()) for name, value in mail.items()]
+    written = email.message_from_bytes(content)
+    if (header_words(written) != header_words(mail)
             or re.search(rb"[\0\x80-\xff]|[^\r]\n|\r[^\n]|[^\r\n]{999}", content)):
         raise Refused(400, "the mail cannot be written safely")
     return content
+
+
+def header_words(mail: email.message.Message) -> list[Any]:
+    return [(name, one_line(value).split()) for name, value in mail.items()]
 
 
 def send_later(db: DB, now: int, account: Row, ticket: Row, draft: Draft, purpose: str) -> None:
@@ -2769,14 +2769,14 @@ class TerseSMTP(smtplib.SMTP):
     def getreply(self) -> tuple[int, bytes]:
         if self.file is None:
             self.file = self.sock.makefile("rb")     # type: ignore[union-attr]
-        lines: list[bytes] = []
-        while len(lines) < MAX_REPLY:
-            line = self.file.readline(8192)
+        reply = b""
+        while len(reply) < MAX_REPLY:
+            line = self.file.readline(MAX_REPLY)
             if not line[:3].isdigit():
                 break
-            lines.append(line[4:].strip())
+            reply += line[4:]
             if line[3:4] != b"-":
-                return int(line[:3]), b"\n".join(lines)
+                return int(line[:3]), reply
         self.close()
         raise smtplib.SMTPServerDisconnected("it hung up, or what it said is no reply")
 
@@ -2845,17 +2845,16 @@ def run_courier(store: Store, stopping: threading.Event) -> None:
 
 
 # -----------------------------------------------------------------------------------------
-# Verbs: one function each, in the order of --help; each takes the options, the store and the
-# words that stand behind its name, and returns what is printed: a row or rows, or (that, the
-# text that stands for it where nobody asked for JSON), or None.
+# Verbs: one function each, in the order of --help. It takes the store, the words behind its
+# name, and its options by their names. It returns what is printed: a row or rows, or (that,
+# the text that stands for it where nobody asked for JSON).
 
-Options = dict[str, Any]        # name without its hyphens → value
 Verb = Callable[..., Any]
 VERBS: dict[str, tuple[str, Verb]] = {}         # name → usage, function
 
 
 def verb(usage: str) -> Callable[[Verb], Verb]:
-    """Register a function by its name. Its options and their defaults stand in the usage."""
+    """Register a function by its name, with the usage that --help and errors show."""
     def register(function: Verb) -> Verb:
         VERBS[function.__name__.replace("_", " ")] = usage, function
         return function
@@ -2863,53 +2862,58 @@ def verb(usage: str) -> Callable[[Verb], Verb]:
 
 
 @verb("serve [--listen 127.0.0.1:8080]")
-def serve(options: Options, store: Store) -> None:
+def serve(store: Store, listen: str = "127.0.0.1:8080") -> None:
     """Make the database if there is none, answer the endpoint, and send the outbox."""
-    run_server(options["listen"], store)
+    run_server(listen, store)
 
 
 @verb("secret show [--account ADDRESS] [--json]")
-def secret_show(options: Options, store: Store) -> Any:
+def secret_show(store: Store, *, account: str = "") -> Any:
     """Print the secret that callers of the endpoint must know."""
-    account = chosen_account(options, store)
+    row = chosen_account(store, account)
     names = ("address", "inbound_secret", "previous_secret", "previous_secret_until")
-    return {name: account[name] for name in names}, account["inbound_secret"]
+    return {name: row[name] for name in names}, row["inbound_secret"]
 
 
 @verb("secret set VALUE [--account ADDRESS] [--json]")
-def secret_set(options: Options, store: Store, value: str) -> Any:
+def secret_set(store: Store, value: str, *, account: str = "") -> Any:
     """Set the secret; the one before ends at once."""
-    change_account(options, store, {"inbound_secret": value, "previous_secret": None})
-    return secret_show(options, store)
+    change_account(store, account, {"inbound_secret": value, "previous_secret": None})
+    return secret_show(store, account=account)
 
 
 @verb("secret rotate [--keep 24h] [--account ADDRESS] [--json]")
-def secret_rotate(options: Options, store: Store) -> Any:
+def secret_rotate(store: Store, *, keep: str = "24h", account: str = "") -> Any:
     """Make a new secret; the old one stays valid for --keep."""
-    found = re.fullmatch("([0-9]{1,6})([smhd])", options["keep"])
-    if not found:
+    unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(keep[-1:])
+    if not unit or not re.fullmatch("[0-9]{1,6}", keep[:-1]):
         raise Usage("--keep is a number and s, m, h or d, like 24h")
-    seconds = int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
-    change_account(options, store, {
-        "inbound_secret": new_secret(), "previous_secret_until": store.now() + seconds,
-        "previous_secret": chosen_account(options, store)["inbound_secret"]})
-    return secret_show(options, store)
+    change_account(store, account, {
+        "previous_secret": chosen_account(store, account)["inbound_secret"],
+        "previous_secret_until": store.now() + int(keep[:-1]) * unit,
+        "inbound_secret": new_secret()})
+    return secret_show(store, account=account)
 
 
-def change_account(options: Options, store: Store, values: Row) -> None:
+def change_account(store: Store, account: str, values: Row) -> None:
     columns = ", ".join(f"{name} = ?" for name in values)
     store.write(run_one, f"UPDATE email_account SET {columns} WHERE id = ?",
-                *values.values(), chosen_account(options, store)["id"])
+                *values.values(), chosen_account(store, account)["id"])
 
 
-def chosen_account(options: Options, store: Store) -> Row:
-    """The account of --account, else the default one; its queue by name, its password hidden."""
+def run_one(db: DB, now: int, statement: str, *parameters: Any) -> list[Row]:
+    """The rows that one statement returns, as work for the writer."""
+    return db.execute(statement, parameters).fetchall()
+
+
+def chosen_account(store: Store, address: str) -> Row:
+    """The account of --account, else the default one; queue by name, password hidden."""
     return one_of(store.rows("""SELECT email_account.*, queue.name AS queue,
         iif(smtp_password IS NULL, NULL, '(set)') AS smtp_password
         FROM email_account JOIN queue ON queue.id = email_account.queue
-        WHERE address = :account OR :account IS NULL
-        ORDER BY email_account.is_default DESC, email_account.id""", options),
-        f"account {options['account']!r}: see `inbound account list`")
+        WHERE address = :address OR :address = ''
+        ORDER BY email_account.is_default DESC, email_account.id""", {"address": address}),
+        f"account {address!r}: see `inbound account list`")
 
 
 def one_of(rows: list[Row], what: str) -> Row:
@@ -2918,27 +2922,22 @@ def one_of(rows: list[Row], what: str) -> Row:
     return rows[0]
 
 
-def run_one(db: DB, now: int, statement: str, *parameters: Any) -> list[Row]:
-    """The rows that one statement returns, as work for the writer."""
-    return db.execute(statement, parameters).fetchall()
-
-
 @verb("account list [--json]")
-def account_list(options: Options, store: Store) -> Any:
+def account_list(store: Store) -> Any:
     """List the accounts, the default one first."""
     return store.rows("""SELECT address, display_name, smtp_host FROM email_account
         ORDER BY is_default DESC, id""")
 
 
 @verb("account show [--account ADDRESS] [--json]")
-def account_show(options: Options, store: Store) -> Any:
+def account_show(store: Store, *, account: str = "") -> Any:
     """Print an account's settings, as `account set` takes them."""
-    return {name: value for name, value in chosen_account(options, store).items()
+    return {name: value for name, value in chosen_account(store, account).items()
             if name != "id" and "_secret" not in name}
 
 
 @verb("account add ADDRESS [--json]")
-def account_add(options: Options, store: Store, address: str) -> Any:
+def account_add(store: Store, address: str) -> Any:
     """Add an account, with a secret and so a URL of its own."""
     return store.write(run_one, """INSERT INTO email_account (address, inbound_secret, queue)
         SELECT ?, ?, id FROM queue ORDER BY is_default DESC, id LIMIT 1
@@ -2946,74 +2945,67 @@ def account_add(options: Options, store: Store, address: str) -> Any:
 
 
 @verb("account set KEY=VALUE ... [--account ADDRESS] [--json]")
-def account_set(options: Options, store: Store, setting: str, *more: str) -> Any:
+def account_set(store: Store, setting: str, *more: str, account: str = "") -> Any:
     """Change settings and print them; an empty VALUE unsets one."""
-    known = account_show(options, store)
+    known = account_show(store, account=account)
     values: Row = {}
     for each in (setting, *more):
         name, equals, value = each.partition("=")
         if not equals or name not in known:
-            raise Usage(f"{name!r} is no setting{nearest(name, known)}: expected KEY=VALUE with "
-                        f"a KEY of {', '.join(known)}")
+            raise Usage(f"{name!r} is no setting{nearest(name, known)}: expected KEY=VALUE, "
+                        f"with a KEY of {', '.join(known)}")
         values[name] = value or None
     if "queue" in values:       # a name that is new makes a queue
         values["queue"] = store.write(run_one, """INSERT INTO queue (name) VALUES (?)
             ON CONFLICT (name) DO UPDATE SET is_default = is_default RETURNING id""",
             values["queue"] or "")[0]["id"]
-    change_account(options, store, values)
-    changed = account_show(options | {"account": values.get("address") or known["address"]}, store)
+    change_account(store, account, values)
+    changed = account_show(store, account=values.get("address", account))
     return changed, lines_of({name: changed[name] for name in values})
 
 
-@verb("tickets [open|closed|all] [--queue NAME] [--from ADDRESS] [--search WORDS] [--limit 50] "
-      "[--account ADDRESS] [--json]")
-def tickets(options: Options, store: Store, status: str = "open") -> Any:
+@verb("tickets [open|closed|all] [--queue NAME] [--from ADDRESS] [--search WORDS] "
+      "[--limit 50] [--account ADDRESS] [--json]")
+def tickets(store: Store, status: str = "open", *, search: str = "", limit: int = 50,
+            account: str = "", **equal: str) -> Any:
     """List tickets, those with the latest message first; --limit 0 lists all."""
     if status not in ("open", "closed", "all"):
         raise Usage(f"{status!r} is no status")
-    account = chosen_account(options, store)["id"] if options["account"] else None
-    words = json.dumps((options["search"] or "").split())
+    asked = {
+        "status": status, "words": json.dumps(search.split()), "limit": limit, "queue": None,
+        "from": None, "account": chosen_account(store, account)["id"] if account else None}
     return store.rows("""SELECT ticket.reference, queue.name AS queue, ticket.status,
         ticket.subject, ticket.requester,
         (SELECT count(*) FROM message WHERE message.ticket = ticket.id) AS messages,
         ticket.created_at, ticket.updated_at
         FROM ticket JOIN queue ON queue.id = ticket.queue
-        WHERE :status IN (ticket.status, 'all') AND (:queue IS NULL OR queue.name = :queue)
-        AND (:from IS NULL OR ticket.requester = :from)
-        AND (:id IS NULL OR ticket.email_account = :id)
+        WHERE :status IN (ticket.status, 'all')
+        AND queue.name = ifnull(:queue, queue.name)
+        AND ticket.requester = ifnull(:from, ticket.requester)
+        AND ticket.email_account = ifnull(:account, ticket.email_account)
         AND NOT EXISTS (SELECT 1 FROM json_each(:words) WHERE NOT EXISTS (
             SELECT 1 FROM message WHERE message.ticket = ticket.id
             AND instr(lower(from_address || ' ' || subject || ' ' || text), lower(value))))
-        ORDER BY ticket.updated_at DESC, ticket.id DESC LIMIT :limit""",
-        options | {"status": status, "id": account, "words": words})
+        ORDER BY ticket.updated_at DESC, ticket.id DESC LIMIT :limit""", asked | equal)
 
 
 @verb("show REF [--last N] [--json]")
-def show(options: Options, store: Store, reference: str) -> Any:
+def show(store: Store, reference: str, *, last: int = -1) -> Any:
     """Print a ticket: its messages, and why each was treated as it was."""
     ticket = ticket_of(store, reference)
     messages = store.rows("""SELECT * FROM (SELECT direction, message_id, in_reply_to,
-        "references", from_address AS "from", from_name, envelope_from, "to", cc, subject, text,
-        html, headers, kind, reason, confirmation, notes, received_at, id FROM message
-        WHERE ticket = :id ORDER BY id DESC LIMIT :last) ORDER BY id""", options | ticket)
-    text = "{reference} ({status}, {queue}): {subject} <{requester}>".format(**ticket)
+        "references", from_address AS "from", from_name, envelope_from, "to", cc, subject,
+        text, html, headers, kind, reason, confirmation, notes, received_at, id FROM message
+        WHERE ticket = ? ORDER BY id DESC LIMIT ?) ORDER BY id""", [ticket["id"], last])
+    text = "{reference} ({status}, {queue}): {subject} <{requester}>\n".format(**ticket)
     for message in messages:
         for name in ("references", "to", "cc", "headers", "notes"):
             message[name] = json.loads(message[name])
         message["attachments"] = store.rows("""SELECT id, filename, content_type, content_id,
             size, sha256, note FROM attachment WHERE message = ?""", [message.pop("id")])
-        text += f"\n\n{text_of_message(message)}"
+        text += text_of_message(message)
     names = ("reference", "queue", "status", "subject", "requester")
     return {name: ticket[name] for name in names} | {"messages": messages}, text
-
-
-def text_of_message(message: Row) -> str:
-    lines = ["--- {direction} {received_at} {from_name} <{from}> {kind}\n    {reason}".format(
-        **readable(message))]
-    lines += [f"    note: {note}" for note in message["notes"]]
-    lines += ["    attachment {id}: {filename} ({content_type}, {size} bytes) {note}".format(
-        **each) for each in message["attachments"]]
-    return "\n".join([*lines, "", message["text"].rstrip("\n")])
 
 
 def ticket_of(store: Store, reference: str) -> Row:
@@ -3022,34 +3014,43 @@ def ticket_of(store: Store, reference: str) -> Row:
         f"ticket {reference!r}: see `inbound tickets all`")
 
 
+def text_of_message(message: Row) -> str:
+    text = "\n--- {direction} {received_at} {from_name} <{from}> {kind}\n    {reason}\n".format(
+        **readable(message))
+    for note in message["notes"]:
+        text += f"    note: {note}\n"
+    for each in message["attachments"]:
+        text += "    attachment {id}: {filename} ({content_type}, {size} bytes) {note}\n".format(
+            **each)
+    return f"{text}\n{message['text'].rstrip()}\n"
+
+
 @verb("attachment ID [FILE]")
-def attachment(options: Options, store: Store, identifier: str, file: str = "") -> None:
+def attachment(store: Store, identifier: str, file: str = "") -> None:
     """Write an attachment to FILE, never over an existing one, or to standard output."""
-    row = one_of(store.rows("SELECT content, note FROM attachment WHERE id = ?", [identifier]),
+    row = one_of(store.rows("SELECT * FROM attachment WHERE id = ?", [identifier]),
                  f"attachment {identifier!r}: see `inbound show REF`")
     if row["content"] is None:
         raise Refused(404, f"attachment {identifier} was {row['note']}")
-    try:
-        with open(file, "xb") if file else contextlib.nullcontext(sys.stdout.buffer) as output:
-            output.write(row["content"])
-    except OSError as error:
-        raise Refused(400, f"cannot write {file!r}: {error.strerror}") from None
+    with open(file, "xb") if file else contextlib.nullcontext(sys.stdout.buffer) as output:
+        output.write(row["content"])
 
 
 @verb("reply REF [--to ADDRESS] [--json]")
-def reply(options: Options, store: Store, reference: str) -> Any:
+def reply(store: Store, reference: str, *, to: str = "") -> Any:
     """Answer the requester, or --to, with the text on standard input."""
     ticket = ticket_of(store, reference)
     text = clean(decode(sys.stdin.buffer.read(), None))
     if not text.strip():
         raise Refused(400, "the reply is empty: expected its text on standard input")
-    [account] = store.rows("SELECT * FROM email_account WHERE id = ?", [ticket["email_account"]])
+    [account] = store.rows(
+        "SELECT * FROM email_account WHERE id = ?", [ticket["email_account"]])
     parent = store.rows("""SELECT * FROM message WHERE ticket = ? AND direction = 'in'
         ORDER BY id DESC LIMIT 1""", [ticket["id"]])[0]
     subject = re.sub(r"^(?:re:\s*)+", "", ticket["subject"], flags=re.I)[:200]
     draft = draft_mail(
-        account, store.now(), options["to"] or ticket["requester"], {},
-        subject=f"[{ticket['reference']}] Re: {subject}", text=text,
+        account, store.now(), to or ticket["requester"], {}, text=text,
+        subject=f"[{ticket['reference']}] Re: {subject}",
         ancestors=[*json.loads(parent["references"]), parent["message_id"]])
     store.write(send_later, account, ticket, draft, "reply")
     author, [recipient] = parent["from_address"], draft[0].to
@@ -3059,76 +3060,80 @@ def reply(options: Options, store: Store, reference: str) -> Any:
 
 
 @verb("close REF [--json]")
-def close(options: Options, store: Store, reference: str) -> Any:
+def close(store: Store, reference: str) -> Any:
     """Close a ticket; a reply of its requester opens it again."""
     return set_status(store, reference, "closed")
 
 
 @verb("reopen REF [--json]")
-def reopen(options: Options, store: Store, reference: str) -> Any:
+def reopen(store: Store, reference: str) -> Any:
     """Open a closed ticket."""
     return set_status(store, reference, "open")
 
 
 def set_status(store: Store, reference: str, status: str) -> Row:
-    identifier = ticket_of(store, reference)["id"]
+    ticket = ticket_of(store, reference)
     return store.write(run_one, """UPDATE ticket SET status = ?, updated_at = ? WHERE id = ?
-        RETURNING reference, status""", status, store.now(), identifier)[0]
+        RETURNING reference, status""", status, store.now(), ticket["id"])[0]
 
 
 @verb("relay URL [--sender ADDRESS] [--secret-file inbound.secret]")
-def relay(options: Options, store: Store, url: str) -> None:
+def relay(store: Store, url: str, *, sender: str | None = None,
+          secret_file: str = "inbound.secret") -> None:
     """Post the mail on standard input; for Postfix, Exim and OpenSMTPD.
 
-    The envelope sender is --sender or $SENDER, the secret $INBOUND_SECRET or in --secret-file.
-    Exit (sysexits.h) 0: stored. 75: try again. 77: wrong secret. 65: never accepted.
+    The envelope sender is --sender or $SENDER, the secret $INBOUND_SECRET or in
+    --secret-file. Exit (sysexits.h) 0: stored. 75: try again. 77: wrong secret. 65: never
+    accepted.
     """
-    mail_from = os.environ.get("SENDER") if options["sender"] is None else options["sender"]
     mail = sys.stdin.buffer.read()
     mail = mail[end_of_mbox_lines(mail):]
-    if mail_from is not None:
-        mail = os.fsencode(f"Return-Path: <{mail_from.strip('<>')}>\r\n") + mail
+    if sender is None:
+        sender = os.environ.get("SENDER")
+    if sender is not None:
+        mail = os.fsencode(f"Return-Path: <{sender.strip('<>')}>\r\n") + mail
     try:
-        secret = os.environ.get("INBOUND_SECRET") or Path(options["secret-file"]).read_text()
+        secret = os.environ.get("INBOUND_SECRET") or Path(secret_file).read_text()
         status, words = post_to(url, mail, secret.strip().partition("\n")[0])
         code = {200: 0, 401: 77, 400: 65, 413: 65, 415: 65, 422: 65}.get(status, 75)
         if status != 413 and not at(words, "error" if code else "status"):
             code = 75           # somebody else's page
     except (OSError, ValueError, http.client.HTTPException) as error:
         # Without the name of the file, which might be a secret that was given in its place.
-        code, words = 75, f"{getattr(error, 'strerror', None) or error}: expected an " \
-            "http(s) URL, and the secret in $INBOUND_SECRET or --secret-file"
+        words = (f"{getattr(error, 'strerror', None) or error}: expected an http(s) URL, and "
+                 "the secret in $INBOUND_SECRET or --secret-file")
+        code = 75
     print(words.strip(), file=sys.stderr if code else sys.stdout)
     raise SystemExit(code)
 
 
-def post_to(address: str, mail: bytes, secret: str) -> tuple[int, str]:
-    """POST a mail without following redirects; return (HTTP status, answer)."""
-    url = urllib.parse.urlsplit(address)
-    is_secure = url.scheme == "https"
-    connect_to = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
-    with contextlib.closing(connect_to(url.netloc, timeout=60)) as connection:
-        connection.request("POST", url._replace(scheme="", netloc="").geturl(), mail, {
-            "Content-Type": "message/rfc822", "X-Mobieus-Inbound-Secret": secret})
-        response = connection.getresponse()
+def post_to(url: str, mail: bytes, secret: str) -> tuple[int, str]:
+    """POST a mail; return (HTTP status, answer)."""
+    opener = urllib.request.OpenerDirector()    # with no handler for redirects and for proxies
+    for handler in (urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
+                    urllib.request.UnknownHandler):
+        opener.add_handler(handler())
+    request = urllib.request.Request(url, mail, {
+        "Content-Type": "message/rfc822", "X-Mobieus-Inbound-Secret": secret})
+    with opener.open(request, timeout=60) as response:
         return response.status, decode(response.read(), None)
 
 
-OUTBOX = """SELECT outbox.id, ticket.reference AS ticket, outbox.recipient AS "to", outbox.state,
-    outbox.attempts, outbox.next_attempt_at, outbox.last_error, outbox.content
+OUTBOX = """SELECT outbox.id, ticket.reference AS ticket, outbox.recipient AS "to",
+    outbox.state, outbox.attempts, outbox.next_attempt_at, outbox.last_error, outbox.content
     FROM outbox JOIN message ON message.id = outbox.message
     JOIN ticket ON ticket.id = message.ticket"""
 
 
 @verb("outbox list [--limit 500] [--json]")
-def outbox_list(options: Options, store: Store) -> Any:
+def outbox_list(store: Store, *, limit: int = 500) -> Any:
     """List mail on its way out, the latest last."""
-    return store.rows(f"""SELECT id, ticket, "to", state, attempts, next_attempt_at, last_error
-        FROM ({OUTBOX} ORDER BY outbox.id DESC LIMIT :limit) ORDER BY id""", options)
+    return store.rows(f"""SELECT id, ticket, "to", state, attempts, next_attempt_at,
+        last_error FROM ({OUTBOX} ORDER BY outbox.id DESC LIMIT ?) ORDER BY id""", [limit])
 
 
 @verb("outbox show ID [--json]")
-def outbox_show(options: Options, store: Store, identifier: str) -> Any:
+def outbox_show(store: Store, identifier: str) -> Any:
     """Print a mail as it goes out."""
     row = one_of(store.rows(f"{OUTBOX} WHERE outbox.id = ?", [identifier]),
                  f"mail {identifier!r}: see `inbound outbox`")
@@ -3137,58 +3142,60 @@ def outbox_show(options: Options, store: Store, identifier: str) -> Any:
 
 
 @verb("outbox send [--json]")
-def outbox_send(options: Options, store: Store) -> Any:
+def outbox_send(store: Store) -> Any:
     """Send what is due now; for cron, where another server than `serve` runs the app."""
     return dict(send_due(store)) or ({}, "nothing is due")
 
 
 @verb("outbox retry ID|all [--json]")
-def outbox_retry(options: Options, store: Store, which: str) -> Any:
+def outbox_retry(store: Store, which: str) -> Any:
     """Make a mail due now, or all that failed."""
     rows = store.write(retry, which)
     if not rows and which != "all":
-        row = outbox_show(options, store, which)[0]
-        raise Refused(404, f"mail {which} is {row['state']}")
+        raise Refused(404, f"mail {which} is {outbox_show(store, which)[0]['state']}")
     return rows or ([], "nothing has failed")
 
 
 def retry(db: DB, now: int, which: str) -> list[Row]:
     return db.execute("""UPDATE outbox SET state = 'queued', next_attempt_at = :now,
-        give_up_at = :now + :give_up WHERE iif(:which = 'all', state = 'failed', id = :which)
+        give_up_at = :give_up WHERE iif(:which = 'all', state = 'failed', id = :which)
         AND (state IN ('queued', 'failed') OR state = 'sending' AND next_attempt_at <= :now)
-        RETURNING id, state""", {"now": now, "give_up": GIVE_UP, "which": which}).fetchall()
+        RETURNING id, state""", {
+            "now": now, "give_up": now + GIVE_UP, "which": which}).fetchall()
 
 
 @verb("rejected list [--limit 500] [--json]")
-def rejected_list(options: Options, store: Store) -> Any:
+def rejected_list(store: Store, *, limit: int = 500) -> Any:
     """List posts that could not become a message, the latest last."""
     return store.rows("""SELECT * FROM (SELECT id, received_at, status, reason, content_type,
-        length(body) AS size FROM rejected ORDER BY id DESC LIMIT :limit) ORDER BY id""", options)
+        length(body) AS size FROM rejected ORDER BY id DESC LIMIT ?) ORDER BY id""", [limit])
 
 
 @verb("rejected show ID [--json]")
-def rejected_show(options: Options, store: Store, identifier: str) -> Any:
+def rejected_show(store: Store, identifier: str) -> Any:
     """Print a post as it is kept, secrets starred out."""
     row = rejected_row(store, identifier)
-    return row | {"size": len(row["body"]), "body": decode(row["body"], None)}
+    return row | {"body": decode(row["body"], None)}
 
 
 def rejected_row(store: Store, identifier: str) -> Row:
-    return one_of(store.rows("SELECT * FROM rejected WHERE id = ?", [identifier]),
-                  f"rejected post {identifier!r}: see `inbound rejected`")
+    return one_of(store.rows("""SELECT *, length(body) AS size FROM rejected
+        WHERE id = ?""", [identifier]), f"rejected post {identifier!r}: see `inbound rejected`")
 
 
 @verb("rejected replay [ID] [--json]")
-def rejected_replay(options: Options, store: Store, identifier: str = "") -> Any:
+def rejected_replay(store: Store, identifier: str = "") -> Any:
     """Post kept bodies again, from inside; drop a row once all of it is stored."""
-    rows = [{"id": identifier}] if identifier else store.rows("SELECT id FROM rejected ORDER BY id")
-    return [replay(store, row["id"]) for row in rows] or ([], "nothing was rejected")
+    found = store.rows("SELECT id FROM rejected ORDER BY id")
+    identifiers = [identifier] if identifier else [row["id"] for row in found]
+    return [replay(store, each) for each in identifiers] or ([], "nothing was rejected")
 
 
 def replay(store: Store, identifier: str) -> Row:
     row = rejected_row(store, identifier)
-    accounts = sorted(store.accounts(), key=lambda each: each["id"] != row["email_account"])
-    post = Post(accounts[0], store.own_addresses(), row["content_type"], row["body"],
+    account = store.rows("""SELECT * FROM email_account
+        ORDER BY id = ? DESC, is_default DESC, id""", [row["email_account"]])[0]
+    post = Post(account, store.own_addresses(), row["content_type"], row["body"],
                 row["received_at"])
     try:
         answer = receive(store, post)[1]
@@ -3196,16 +3203,16 @@ def replay(store: Store, identifier: str) -> Row:
         answer = {"status": "refused", "reason": refusal.reason}
     outcomes = {item["status"] for item in answer.get("messages", [answer])}
     if outcomes <= {"created", "appended", "duplicate"}:
-        store.write(run_one, "DELETE FROM rejected WHERE id = ?", row["id"])
+        rejected_delete(store, row["id"])
     return {"id": row["id"], **answer}
 
 
 @verb("rejected delete ID [--json]")
-def rejected_delete(options: Options, store: Store, identifier: str) -> Any:
+def rejected_delete(store: Store, identifier: str) -> Any:
     """Delete a kept post."""
     row = rejected_row(store, identifier)
-    store.write(run_one, "DELETE FROM rejected WHERE id = ?", row["id"])
-    return {"id": row["id"], "reason": row["reason"]}
+    return store.write(run_one, """DELETE FROM rejected WHERE id = ?
+        RETURNING id, reason""", row["id"])[0]
 
 
 # -----------------------------------------------------------------------------------------
@@ -3219,29 +3226,27 @@ def main(argv: list[str] | None = None, clock: Callable[[], float] = time.time) 
     """Run one verb; return the exit code: 0, 1 for an error, 2 for wrong usage."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    hint = "see inbound --help"
     try:
         given, words = parse(sys.argv[1:] if argv is None else argv)
         if "version" in given:
             print(f"inbound {VERSION}")
-        elif given.keys() & {"help", "h"}:
-            print(help_of(words))
+        elif not given.keys() & {"help", "h"}:
+            run_verb(given, words, clock)
+        elif words:
+            usage, function = VERBS[verb_of(words)[0]]
+            print(f"Usage: inbound {usage}\n\n{inspect.getdoc(function)}")
         else:
-            name, words = verb_of(words)
-            hint = f"inbound {VERBS[name][0]}"
-            run_verb(name, given, words, clock)
+            print((__doc__ or "").strip())
         sys.stdout.flush()
         return 0
     except BrokenPipeError:                     # `inbound tickets | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Usage as error:
-        print(f"inbound: {error}: {hint}", file=sys.stderr)
-        return 2
     except sqlite3.IntegrityError as error:
         print(f"inbound: {words_of(error)}", file=sys.stderr)
-    except (Refused, UnicodeError) as error:
+    except (Refused, Usage, OSError, UnicodeError) as error:
         print(f"inbound: {error}", file=sys.stderr)
+        return 2 if isinstance(error, Usage) else 1
     return 1
 
 
@@ -3252,19 +3257,8 @@ def parse(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     try:
         given, words = getopt.gnu_getopt(argv, "h", ["help", "json", "version", *valued])
     except getopt.GetoptError as error:
-        raise Usage(str(error)) from None
+        raise Usage(f"{error}: see inbound --help") from None
     return {name.lstrip("-"): value for name, value in given}, words
-
-
-def help_of(words: list[str]) -> str:
-    """The docstring; of a verb its usage and docstring; of `outbox` those of all that it does."""
-    if not words:
-        return (__doc__ or "").strip()
-    name, _ = verb_of(words)
-    if len(words) == 1:
-        name = words[0]
-    return "\n\n".join(f"Usage: inbound {usage}\n\n{inspect.getdoc(function)}"
-                       for each, (usage, function) in VERBS.items() if each.startswith(name))
 
 
 def verb_of(words: list[str]) -> tuple[str, list[str]]:
@@ -3274,7 +3268,7 @@ def verb_of(words: list[str]) -> tuple[str, list[str]]:
         second, *rest = rest or [ALONE[name]]
         name = f"{name} {second}"
     if name not in VERBS:
-        raise Usage(f"there is no verb {name!r}{nearest(name, VERBS)}")
+        raise Usage(f"there is no verb {name!r}{nearest(name, VERBS)}: see inbound --help")
     return name, rest
 
 
@@ -3283,38 +3277,43 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}" if found else ""
 
 
-def run_verb(name: str, given: dict[str, str], words: list[str],
-             clock: Callable[[], float]) -> None:
-    """Call a verb's function and print what it returns."""
+def run_verb(given: dict[str, str], words: list[str], clock: Callable[[], float]) -> None:
+    """Call the verb and print what it returns."""
+    name, words = verb_of(words)
     usage, function = VERBS[name]
-    options = options_of(given, usage)
+    path = given.pop("db", "") or os.environ.get("INBOUND_DB") or "inbound.db"
     try:
-        inspect.signature(function).bind(options, None, *words)
-    except TypeError:
-        raise Usage("too few or too many words") from None
-    path = given.get("db") or os.environ.get("INBOUND_DB") or "inbound.db"
-    with contextlib.closing(Store(path, clock, checkpoints=name == "serve")) as store:
-        if name not in ("serve", "relay"):      # `serve` opens when it listens
-            store.open(create=False)
-        result = function(options, store, *words)
+        options = options_of(given, usage)
+        check_words(function, words)
+        with contextlib.closing(Store(path, clock, checkpoints=name == "serve")) as store:
+            if name not in ("serve", "relay"):      # `serve` opens when it listens
+                store.open(create=False)
+            result = function(store, *words, **options)
+    except Usage as error:
+        raise Usage(f"{error}: inbound {usage}") from None
     if result is not None:
         print_result(result, "json" in given)
 
 
-def options_of(given: dict[str, str], usage: str) -> Options:
-    """All options of a verb; one that was not given is what its usage says, or None."""
-    options: Options = {}
-    for name, default in re.findall(r"--([a-z-]+) ?([^\s\]]*)", usage):
-        options[name] = None if default.isupper() else default
-    strange = given.keys() - options.keys() - {"db"}
+def options_of(given: dict[str, str], usage: str) -> Row:
+    """The options as the verb's function takes them."""
+    strange = given.keys() - re.findall("--([a-z-]+)", usage)
     if strange:
         raise Usage(f"--{min(strange)} means nothing here")
-    options |= given
+    options: Row = {name.replace("-", "_"): value for name, value in given.items()}
+    options.pop("json", None)
     for name in options.keys() & {"limit", "last"}:
-        if not re.fullmatch("[0-9]{1,18}", options[name] or "0"):
-            raise Usage(f"--{name} is a number, not {options[name]!r}")
-        options[name] = int(options[name] or 0) or -1       # SQLite: no limit
+        if not re.fullmatch("[0-9]{1,18}", options[name]):
+            raise Usage(f"--{name} is a number")
+        options[name] = int(options[name]) or -1        # what SQLite calls no limit
     return options
+
+
+def check_words(function: Verb, words: list[str]) -> None:
+    try:
+        inspect.signature(function).bind(None, *words)
+    except TypeError as error:
+        raise Usage(str(error)) from None
 
 
 def print_result(result: Any, is_json: bool) -> None:
@@ -3322,8 +3321,10 @@ def print_result(result: Any, is_json: bool) -> None:
     rows, text = result if isinstance(result, tuple) else (result, None)
     if is_json:
         text = json.dumps(rows, indent=1).replace("\x7f", r"\u007f")
+    elif isinstance(rows, list) and rows:
+        text = table_of(rows)
     elif text is None:
-        text = lines_of(rows) if isinstance(rows, dict) else table_of(rows)
+        text = lines_of(rows) if rows else ""
     text = text.replace("\r\n", "\n").rstrip("\n")
     print(re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", "?", text))
 
@@ -3345,7 +3346,7 @@ def readable(row: Row) -> dict[str, str]:
 def table_of(rows: list[Row]) -> str:
     """A line a row; on a terminal below a header, in columns, the widest cut until it fits."""
     lines = [[*map(one_line, readable(row).values())] for row in rows]
-    if rows and sys.stdout.isatty():
+    if sys.stdout.isatty():
         lines.insert(0, [name.upper() for name in rows[0]])
         widths = [max(map(len, column)) for column in zip(*lines)]
         room = shutil.get_terminal_size().columns - 2 * len(widths)
@@ -3359,9 +3360,9 @@ def table_of(rows: list[Row]) -> str:
 def words_of(error: sqlite3.IntegrityError) -> str:
     """Our words for a broken constraint: schema.sql names its CHECKs with sentences."""
     kind, _, name = str(error).partition(" constraint failed: ")
+    words = {"UNIQUE": "is another's already", "NOT NULL": "cannot be unset"}
     if kind == "CHECK":
         return name
-    words = {"UNIQUE": "is another's already", "NOT NULL": "cannot be unset"}
     return f"{str(error).rpartition('.')[2]} {words.get(kind, 'is a number')}"
 
 

@@ -128,11 +128,6 @@ def test_help_is_the_docstring_and_behind_a_verb_that_verbs(desk, flag):
     assert desk.run("show", "T-0000-0000", flag).startswith("Usage: inbound show REF")
 
 
-def test_help_behind_the_first_of_two_words_is_that_of_all(desk):
-    found = re.findall("^Usage: inbound ([a-z ]+[a-z])", desk.run("outbox", "--help"), re.M)
-    assert found == ["outbox list", "outbox show", "outbox send", "outbox retry"]
-
-
 def test_version_is_said_and_help_and_version_need_no_database(tmp_path, capsys):
     for argv in (["--version"], ["--help"], ["tickets", "--help"]):
         assert inbound.main(["--db", str(tmp_path / "none.db"), *argv]) == 0
