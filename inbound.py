@@ -2290,7 +2290,7 @@ def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
     reason = f"{filing.reason}; {found}; {due}"
     row = insert_message(db, post.received_at or now, ticket, message, reason, kind, confirmation)
     if draft:
-        send_later(db, now, account, ticket, draft, "confirmation")
+        send_later(db, now, ticket, draft, "confirmation")
     elif kind == "bounce":
         fail_bounced(db, account, message)
     return answer_of(status, ticket, row, kind, confirmation, reason)
@@ -2595,25 +2595,20 @@ class Verbatim(email.policy.Compat32):
 
 
 def safe_bytes(mail: email.message.EmailMessage) -> bytes:
-    """A mail of ours in bytes; Refused unless they parse to the same headers and clean lines."""
+    """A mail of ours in bytes; Refused unless it parses to these headers and has clean lines."""
     content = mail.as_bytes()
-    written = email.message_from_bytes(content)
-    if (header_words(written) != header_words(mail)
+    if (email.message_from_bytes(content).keys() != mail.keys()
             or re.search(rb"[\0\x80-\xff]|[^\r]\n|\r[^\n]|[^\r\n]{999}", content)):
         raise Refused(400, "the mail cannot be written safely")
     return content
 
 
-def header_words(mail: email.message.Message) -> list[Any]:
-    return [(name, one_line(value).split()) for name, value in mail.items()]
-
-
-def send_later(db: DB, now: int, account: Row, ticket: Row, draft: Draft, purpose: str) -> None:
+def send_later(db: DB, now: int, ticket: Row, draft: Draft, purpose: str) -> None:
     """Store a drafted mail as message and outbox row; its bytes never change from here on."""
     message, content = draft
     mailbox = mailbox_key(message.to[0])
     insert(db, "outbox", message=insert_message(db, now, ticket, message, f"our {purpose}"),
-           email_account=account["id"], purpose=purpose, recipient=message.to[0],
+           email_account=ticket["email_account"], purpose=purpose, recipient=message.to[0],
            mailbox=mailbox, domain=domain_key(mailbox), content=content, created_at=now,
            next_attempt_at=now, give_up_at=now + GIVE_UP)
 
@@ -2643,35 +2638,27 @@ def claim(db: DB, now: int, account: Row) -> Any:
 
 def settle(db: DB, now: int, row: Row, state: str, error: str) -> None:
     """Record what became of a claimed row, unless its lease ran out and another has it."""
-    due = None
-    if state == "queued":
-        wait = min(MAX_WAIT, FIRST_WAIT * 2 ** min(row["attempts"] - 1, 10))
-        due = now + wait * (75 + secrets.randbelow(51)) // 100
-    db.execute("""UPDATE outbox SET state = ?, next_attempt_at = ?, last_error = ? WHERE id = ?
-        AND state = 'sending' AND attempts = ?""", [
-            state, due, error, row["id"], row["attempts"]])
+    wait = min(MAX_WAIT, FIRST_WAIT * 2 ** min(row["attempts"] - 1, 10))
+    due = now + wait * (75 + secrets.randbelow(51)) // 100
+    db.execute("""UPDATE outbox SET state = :state, last_error = :error,
+        next_attempt_at = iif(:state = 'queued', :due, NULL)
+        WHERE id = :id AND state = 'sending' AND attempts = :attempts""", {
+            **row, "state": state, "error": error, "due": due})
 
 
 def send_due(store: Store) -> Counter[str]:
-    """Deliver all that is due; return a Counter of the outcomes."""
+    """Deliver all that is due, a session for each account; return a Counter of the outcomes."""
     outcomes: Counter[str] = Counter()
     for account in store.accounts():
-        outcomes += send_for(store, account)
-    return outcomes
-
-
-def send_for(store: Store, account: Row) -> Counter[str]:
-    """Deliver what is due of one account, in one session."""
-    outcomes: Counter[str] = Counter()
-    with contextlib.closing(Relay(account)) as relay:
-        while row := store.write(claim, account):       # nothing to claim: nothing is written
-            state, error = relay.deliver(row)
-            log.info("outbox %d to %s %s: %s", row["id"], row["recipient"], state,
-                     printable(error))
-            settle_for_sure(store, row, state, error)
-            outcomes[state] += 1
-            if relay.smtp is None:      # one try at a look, not one a row
-                break
+        with contextlib.closing(Relay(account)) as relay:
+            while row := store.write(claim, account):   # nothing to claim: nothing is written
+                state, error = relay.deliver(row)
+                outcomes[state] += 1
+                log.info("outbox %d to %s %s: %s", row["id"], row["recipient"], state,
+                         printable(error))
+                settle_for_sure(store, row, state, error)
+                if relay.smtp is None:      # one try at a look, not one a row
+                    break
     return outcomes
 
 
@@ -2735,12 +2722,12 @@ class Relay:
         host, port, security, username, password = (self.account[f"smtp_{name}"] for name in (
             "host", "port", "security", "username", "password"))
         context = ssl.create_default_context()
-        more: Row = {"context": context} if security == "tls" else {}
         # The name is for EHLO: smtplib would ask DNS for one, which may take longer than the
         # delivery. Made before it connects, so that the watchdog finds the socket in it.
         self.smtp = (TerseSMTPS if security == "tls" else TerseSMTP)(
-            local_hostname=self.account["address"].rpartition("@")[2], timeout=DELIVERY, **more)
-        self.smtp._host = host          # starttls and TLS check the certificate against it
+            local_hostname=self.account["address"].rpartition("@")[2], timeout=DELIVERY)
+        self.smtp.context = context     # TLS from the start checks the certificate by it …
+        self.smtp._host = host          # … and both kinds check it against this name
         code, words = self.smtp.connect(
             host, port or {"none": 25, "starttls": 587, "tls": 465}[security])
         if code != 220:
@@ -2850,41 +2837,51 @@ def run_courier(store: Store, stopping: threading.Event) -> None:
 # the text that stands for it where nobody asked for JSON).
 
 Verb = Callable[..., Any]
-VERBS: dict[str, tuple[str, Verb]] = {}         # name → usage, function
+VERBS: dict[str, Verb] = {}
 
 
-def verb(usage: str) -> Callable[[Verb], Verb]:
-    """Register a function by its name, with the usage that --help and errors show."""
-    def register(function: Verb) -> Verb:
-        VERBS[function.__name__.replace("_", " ")] = usage, function
-        return function
-    return register
+def verb(function: Verb) -> Verb:
+    """Register a verb. Its docstring is its help; the first paragraph of that is its usage."""
+    VERBS[function.__name__.replace("_", " ")] = function
+    return function
 
 
-@verb("serve [--listen 127.0.0.1:8080]")
-def serve(store: Store, listen: str = "127.0.0.1:8080") -> None:
-    """Make the database if there is none, answer the endpoint, and send the outbox."""
+@verb
+def serve(store: Store, *, listen: str = "127.0.0.1:8080") -> None:
+    """inbound serve [--listen 127.0.0.1:8080]
+
+    Make the database if there is none, answer the endpoint, and send the outbox.
+    """
     run_server(listen, store)
 
 
-@verb("secret show [--account ADDRESS] [--json]")
+@verb
 def secret_show(store: Store, *, account: str = "") -> Any:
-    """Print the secret that callers of the endpoint must know."""
+    """inbound secret show [--account ADDRESS] [--json]
+
+    Print the secret that callers of the endpoint must know.
+    """
     row = chosen_account(store, account)
     names = ("address", "inbound_secret", "previous_secret", "previous_secret_until")
     return {name: row[name] for name in names}, row["inbound_secret"]
 
 
-@verb("secret set VALUE [--account ADDRESS] [--json]")
+@verb
 def secret_set(store: Store, value: str, *, account: str = "") -> Any:
-    """Set the secret; the one before ends at once."""
+    """inbound secret set VALUE [--account ADDRESS] [--json]
+
+    Set the secret; the one before ends at once.
+    """
     change_account(store, account, {"inbound_secret": value, "previous_secret": None})
     return secret_show(store, account=account)
 
 
-@verb("secret rotate [--keep 24h] [--account ADDRESS] [--json]")
+@verb
 def secret_rotate(store: Store, *, keep: str = "24h", account: str = "") -> Any:
-    """Make a new secret; the old one stays valid for --keep."""
+    """inbound secret rotate [--keep 24h] [--account ADDRESS] [--json]
+
+    Make a new secret; the old one stays valid for --keep.
+    """
     unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(keep[-1:])
     if not unit or not re.fullmatch("[0-9]{1,6}", keep[:-1]):
         raise Usage("--keep is a number and s, m, h or d, like 24h")
@@ -2922,31 +2919,43 @@ def one_of(rows: list[Row], what: str) -> Row:
     return rows[0]
 
 
-@verb("account list [--json]")
+@verb
 def account_list(store: Store) -> Any:
-    """List the accounts, the default one first."""
+    """inbound account list [--json]
+
+    List the accounts, the default one first.
+    """
     return store.rows("""SELECT address, display_name, smtp_host FROM email_account
         ORDER BY is_default DESC, id""")
 
 
-@verb("account show [--account ADDRESS] [--json]")
+@verb
 def account_show(store: Store, *, account: str = "") -> Any:
-    """Print an account's settings, as `account set` takes them."""
+    """inbound account show [--account ADDRESS] [--json]
+
+    Print an account's settings, as `account set` takes them.
+    """
     return {name: value for name, value in chosen_account(store, account).items()
             if name != "id" and "_secret" not in name}
 
 
-@verb("account add ADDRESS [--json]")
+@verb
 def account_add(store: Store, address: str) -> Any:
-    """Add an account, with a secret and so a URL of its own."""
+    """inbound account add ADDRESS [--json]
+
+    Add an account, with a secret and so a URL of its own.
+    """
     return store.write(run_one, """INSERT INTO email_account (address, inbound_secret, queue)
         SELECT ?, ?, id FROM queue ORDER BY is_default DESC, id LIMIT 1
         RETURNING address, inbound_secret""", address, new_secret())[0]
 
 
-@verb("account set KEY=VALUE ... [--account ADDRESS] [--json]")
+@verb
 def account_set(store: Store, setting: str, *more: str, account: str = "") -> Any:
-    """Change settings and print them; an empty VALUE unsets one."""
+    """inbound account set KEY=VALUE ... [--account ADDRESS] [--json]
+
+    Change settings and print them; an empty VALUE unsets one.
+    """
     known = account_show(store, account=account)
     values: Row = {}
     for each in (setting, *more):
@@ -2961,14 +2970,17 @@ def account_set(store: Store, setting: str, *more: str, account: str = "") -> An
             values["queue"] or "")[0]["id"]
     change_account(store, account, values)
     changed = account_show(store, account=values.get("address", account))
-    return changed, lines_of({name: changed[name] for name in values})
+    return {name: changed[name] for name in values}
 
 
-@verb("tickets [open|closed|all] [--queue NAME] [--from ADDRESS] [--search WORDS] "
-      "[--limit 50] [--account ADDRESS] [--json]")
+@verb
 def tickets(store: Store, status: str = "open", *, search: str = "", limit: int = 50,
             account: str = "", **equal: str) -> Any:
-    """List tickets, those with the latest message first; --limit 0 lists all."""
+    """inbound tickets [open|closed|all] [--queue NAME] [--from ADDRESS] [--search WORDS]
+    [--limit 50] [--account ADDRESS] [--json]
+
+    List tickets, those with the latest message first; --limit 0 lists all.
+    """
     if status not in ("open", "closed", "all"):
         raise Usage(f"{status!r} is no status")
     asked = {
@@ -2989,9 +3001,12 @@ def tickets(store: Store, status: str = "open", *, search: str = "", limit: int 
         ORDER BY ticket.updated_at DESC, ticket.id DESC LIMIT :limit""", asked | equal)
 
 
-@verb("show REF [--last N] [--json]")
+@verb
 def show(store: Store, reference: str, *, last: int = -1) -> Any:
-    """Print a ticket: its messages, and why each was treated as it was."""
+    """inbound show REF [--last N] [--json]
+
+    Print a ticket: its messages, and why each was treated as it was.
+    """
     ticket = ticket_of(store, reference)
     messages = store.rows("""SELECT * FROM (SELECT direction, message_id, in_reply_to,
         "references", from_address AS "from", from_name, envelope_from, "to", cc, subject,
@@ -3025,9 +3040,12 @@ def text_of_message(message: Row) -> str:
     return f"{text}\n{message['text'].rstrip()}\n"
 
 
-@verb("attachment ID [FILE]")
+@verb
 def attachment(store: Store, identifier: str, file: str = "") -> None:
-    """Write an attachment to FILE, never over an existing one, or to standard output."""
+    """inbound attachment ID [FILE]
+
+    Write an attachment to FILE, never over an existing one, or to standard output.
+    """
     row = one_of(store.rows("SELECT * FROM attachment WHERE id = ?", [identifier]),
                  f"attachment {identifier!r}: see `inbound show REF`")
     if row["content"] is None:
@@ -3036,9 +3054,12 @@ def attachment(store: Store, identifier: str, file: str = "") -> None:
         output.write(row["content"])
 
 
-@verb("reply REF [--to ADDRESS] [--json]")
+@verb
 def reply(store: Store, reference: str, *, to: str = "") -> Any:
-    """Answer the requester, or --to, with the text on standard input."""
+    """inbound reply REF [--to ADDRESS] [--json]
+
+    Answer the requester, or --to, with the text on standard input.
+    """
     ticket = ticket_of(store, reference)
     text = clean(decode(sys.stdin.buffer.read(), None))
     if not text.strip():
@@ -3052,22 +3073,28 @@ def reply(store: Store, reference: str, *, to: str = "") -> Any:
         account, store.now(), to or ticket["requester"], {}, text=text,
         subject=f"[{ticket['reference']}] Re: {subject}",
         ancestors=[*json.loads(parent["references"]), parent["message_id"]])
-    store.write(send_later, account, ticket, draft, "reply")
+    store.write(send_later, ticket, draft, "reply")
     author, [recipient] = parent["from_address"], draft[0].to
     if mailbox_key(author) != mailbox_key(recipient):
         print(f"inbound: {author} wrote last, this goes to {recipient}", file=sys.stderr)
     return {"reference": ticket["reference"], "to": recipient, "message_id": draft[0].message_id}
 
 
-@verb("close REF [--json]")
+@verb
 def close(store: Store, reference: str) -> Any:
-    """Close a ticket; a reply of its requester opens it again."""
+    """inbound close REF [--json]
+
+    Close a ticket; a reply of its requester opens it again.
+    """
     return set_status(store, reference, "closed")
 
 
-@verb("reopen REF [--json]")
+@verb
 def reopen(store: Store, reference: str) -> Any:
-    """Open a closed ticket."""
+    """inbound reopen REF [--json]
+
+    Open a closed ticket.
+    """
     return set_status(store, reference, "open")
 
 
@@ -3077,10 +3104,12 @@ def set_status(store: Store, reference: str, status: str) -> Row:
         RETURNING reference, status""", status, store.now(), ticket["id"])[0]
 
 
-@verb("relay URL [--sender ADDRESS] [--secret-file inbound.secret]")
+@verb
 def relay(store: Store, url: str, *, sender: str | None = None,
           secret_file: str = "inbound.secret") -> None:
-    """Post the mail on standard input; for Postfix, Exim and OpenSMTPD.
+    """inbound relay URL [--sender ADDRESS] [--secret-file inbound.secret]
+
+    Post the mail on standard input; for Postfix, Exim and OpenSMTPD.
 
     The envelope sender is --sender or $SENDER, the secret $INBOUND_SECRET or in
     --secret-file. Exit (sysexits.h) 0: stored. 75: try again. 77: wrong secret. 65: never
@@ -3125,31 +3154,43 @@ OUTBOX = """SELECT outbox.id, ticket.reference AS ticket, outbox.recipient AS "t
     JOIN ticket ON ticket.id = message.ticket"""
 
 
-@verb("outbox list [--limit 500] [--json]")
+@verb
 def outbox_list(store: Store, *, limit: int = 500) -> Any:
-    """List mail on its way out, the latest last."""
+    """inbound outbox list [--limit 500] [--json]
+
+    List mail on its way out, the latest last.
+    """
     return store.rows(f"""SELECT id, ticket, "to", state, attempts, next_attempt_at,
         last_error FROM ({OUTBOX} ORDER BY outbox.id DESC LIMIT ?) ORDER BY id""", [limit])
 
 
-@verb("outbox show ID [--json]")
+@verb
 def outbox_show(store: Store, identifier: str) -> Any:
-    """Print a mail as it goes out."""
+    """inbound outbox show ID [--json]
+
+    Print a mail as it goes out.
+    """
     row = one_of(store.rows(f"{OUTBOX} WHERE outbox.id = ?", [identifier]),
                  f"mail {identifier!r}: see `inbound outbox`")
     row["content"] = decode(row["content"], None)
     return row, row["content"]
 
 
-@verb("outbox send [--json]")
+@verb
 def outbox_send(store: Store) -> Any:
-    """Send what is due now; for cron, where another server than `serve` runs the app."""
+    """inbound outbox send [--json]
+
+    Send what is due now; for cron, where another server than `serve` runs the app.
+    """
     return dict(send_due(store)) or ({}, "nothing is due")
 
 
-@verb("outbox retry ID|all [--json]")
+@verb
 def outbox_retry(store: Store, which: str) -> Any:
-    """Make a mail due now, or all that failed."""
+    """inbound outbox retry ID|all [--json]
+
+    Make a mail due now, or all that failed.
+    """
     rows = store.write(retry, which)
     if not rows and which != "all":
         raise Refused(404, f"mail {which} is {outbox_show(store, which)[0]['state']}")
@@ -3164,16 +3205,22 @@ def retry(db: DB, now: int, which: str) -> list[Row]:
             "now": now, "give_up": now + GIVE_UP, "which": which}).fetchall()
 
 
-@verb("rejected list [--limit 500] [--json]")
+@verb
 def rejected_list(store: Store, *, limit: int = 500) -> Any:
-    """List posts that could not become a message, the latest last."""
+    """inbound rejected list [--limit 500] [--json]
+
+    List posts that could not become a message, the latest last.
+    """
     return store.rows("""SELECT * FROM (SELECT id, received_at, status, reason, content_type,
         length(body) AS size FROM rejected ORDER BY id DESC LIMIT ?) ORDER BY id""", [limit])
 
 
-@verb("rejected show ID [--json]")
+@verb
 def rejected_show(store: Store, identifier: str) -> Any:
-    """Print a post as it is kept, secrets starred out."""
+    """inbound rejected show ID [--json]
+
+    Print a post as it is kept, secrets starred out.
+    """
     row = rejected_row(store, identifier)
     return row | {"body": decode(row["body"], None)}
 
@@ -3183,9 +3230,12 @@ def rejected_row(store: Store, identifier: str) -> Row:
         WHERE id = ?""", [identifier]), f"rejected post {identifier!r}: see `inbound rejected`")
 
 
-@verb("rejected replay [ID] [--json]")
+@verb
 def rejected_replay(store: Store, identifier: str = "") -> Any:
-    """Post kept bodies again, from inside; drop a row once all of it is stored."""
+    """inbound rejected replay [ID] [--json]
+
+    Post kept bodies again, from inside; drop a row once all of it is stored.
+    """
     found = store.rows("SELECT id FROM rejected ORDER BY id")
     identifiers = [identifier] if identifier else [row["id"] for row in found]
     return [replay(store, each) for each in identifiers] or ([], "nothing was rejected")
@@ -3207,9 +3257,12 @@ def replay(store: Store, identifier: str) -> Row:
     return {"id": row["id"], **answer}
 
 
-@verb("rejected delete ID [--json]")
+@verb
 def rejected_delete(store: Store, identifier: str) -> Any:
-    """Delete a kept post."""
+    """inbound rejected delete ID [--json]
+
+    Delete a kept post.
+    """
     row = rejected_row(store, identifier)
     return store.write(run_one, """DELETE FROM rejected WHERE id = ?
         RETURNING id, reason""", row["id"])[0]
@@ -3233,32 +3286,50 @@ def main(argv: list[str] | None = None, clock: Callable[[], float] = time.time) 
         elif not given.keys() & {"help", "h"}:
             run_verb(given, words, clock)
         elif words:
-            usage, function = VERBS[verb_of(words)[0]]
-            print(f"Usage: inbound {usage}\n\n{inspect.getdoc(function)}")
+            print(f"Usage: {inspect.getdoc(VERBS[verb_of(words)[0]])}")
         else:
             print((__doc__ or "").strip())
         sys.stdout.flush()
-        return 0
     except BrokenPipeError:                     # `inbound tickets | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except sqlite3.IntegrityError as error:
+    except (Refused, Usage, OSError, UnicodeError, sqlite3.IntegrityError) as error:
         print(f"inbound: {words_of(error)}", file=sys.stderr)
-    except (Refused, Usage, OSError, UnicodeError) as error:
-        print(f"inbound: {error}", file=sys.stderr)
         return 2 if isinstance(error, Usage) else 1
-    return 1
+    return 0
 
 
 def parse(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     """(options as they were given, words) of a command line."""
-    usages = " ".join(usage for usage, _ in VERBS.values())
+    usages = " ".join(map(usage_of, VERBS.values()))
     valued = [f"{name}=" for name in re.findall("--([a-z-]+) ", f"--db {usages}")]
     try:
         given, words = getopt.gnu_getopt(argv, "h", ["help", "json", "version", *valued])
     except getopt.GetoptError as error:
         raise Usage(f"{error}: see inbound --help") from None
     return {name.lstrip("-"): value for name, value in given}, words
+
+
+def usage_of(function: Verb) -> str:
+    """The first paragraph of its docstring, in one line."""
+    return " ".join((function.__doc__ or "").partition("\n\n")[0].split())
+
+
+def run_verb(given: dict[str, str], words: list[str], clock: Callable[[], float]) -> None:
+    """Call the verb and print what it returns."""
+    name, words = verb_of(words)
+    function = VERBS[name]
+    path = given.pop("db", "") or os.environ.get("INBOUND_DB") or "inbound.db"
+    is_json = "json" in given
+    try:
+        options = options_of(function, given, words)
+        with contextlib.closing(Store(path, clock, checkpoints=name == "serve")) as store:
+            if name not in ("serve", "relay"):      # `serve` opens when it listens
+                store.open(create=False)
+            result = function(store, *words, **options)
+    except Usage as error:
+        raise Usage(f"{error}: {usage_of(function)}") from None
+    if result is not None:
+        print_result(result, is_json)
 
 
 def verb_of(words: list[str]) -> tuple[str, list[str]]:
@@ -3277,43 +3348,21 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}" if found else ""
 
 
-def run_verb(given: dict[str, str], words: list[str], clock: Callable[[], float]) -> None:
-    """Call the verb and print what it returns."""
-    name, words = verb_of(words)
-    usage, function = VERBS[name]
-    path = given.pop("db", "") or os.environ.get("INBOUND_DB") or "inbound.db"
-    try:
-        options = options_of(given, usage)
-        check_words(function, words)
-        with contextlib.closing(Store(path, clock, checkpoints=name == "serve")) as store:
-            if name not in ("serve", "relay"):      # `serve` opens when it listens
-                store.open(create=False)
-            result = function(store, *words, **options)
-    except Usage as error:
-        raise Usage(f"{error}: inbound {usage}") from None
-    if result is not None:
-        print_result(result, "json" in given)
-
-
-def options_of(given: dict[str, str], usage: str) -> Row:
-    """The options as the verb's function takes them."""
-    strange = given.keys() - re.findall("--([a-z-]+)", usage)
+def options_of(function: Verb, given: dict[str, str], words: list[str]) -> Row:
+    """The options as the function takes them; Usage when it does not, or not these words."""
+    strange = given.keys() - re.findall("--([a-z-]+)", usage_of(function))
     if strange:
         raise Usage(f"--{min(strange)} means nothing here")
-    options: Row = {name.replace("-", "_"): value for name, value in given.items()}
-    options.pop("json", None)
+    options: Row = {name.replace("-", "_"): given[name] for name in given if name != "json"}
     for name in options.keys() & {"limit", "last"}:
         if not re.fullmatch("[0-9]{1,18}", options[name]):
             raise Usage(f"--{name} is a number")
         options[name] = int(options[name]) or -1        # what SQLite calls no limit
-    return options
-
-
-def check_words(function: Verb, words: list[str]) -> None:
     try:
         inspect.signature(function).bind(None, *words)
     except TypeError as error:
         raise Usage(str(error)) from None
+    return options
 
 
 def print_result(result: Any, is_json: bool) -> None:
@@ -3324,13 +3373,9 @@ def print_result(result: Any, is_json: bool) -> None:
     elif isinstance(rows, list) and rows:
         text = table_of(rows)
     elif text is None:
-        text = lines_of(rows) if rows else ""
+        text = "\n".join(map("=".join, readable(rows or {}).items()))
     text = text.replace("\r\n", "\n").rstrip("\n")
     print(re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", "?", text))
-
-
-def lines_of(row: Row) -> str:
-    return "\n".join(f"{name}={value}" for name, value in readable(row).items())
 
 
 def readable(row: Row) -> dict[str, str]:
@@ -3357,12 +3402,12 @@ def table_of(rows: list[Row]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-def words_of(error: sqlite3.IntegrityError) -> str:
-    """Our words for a broken constraint: schema.sql names its CHECKs with sentences."""
+def words_of(error: Exception) -> str:
+    """Ours for a broken constraint: schema.sql names its CHECKs with sentences."""
     kind, _, name = str(error).partition(" constraint failed: ")
+    if kind == "CHECK" or not isinstance(error, sqlite3.IntegrityError):
+        return name or kind
     words = {"UNIQUE": "is another's already", "NOT NULL": "cannot be unset"}
-    if kind == "CHECK":
-        return name
     return f"{str(error).rpartition('.')[2]} {words.get(kind, 'is a number')}"
 
 
