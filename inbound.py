@@ -42,6 +42,7 @@ import codecs
 import concurrent.futures
 import contextlib
 import difflib
+import email.contentmanager
 import email.header
 import email.message
 import email.policy
@@ -69,11 +70,11 @@ import sys
 import threading
 import time
 import urllib.parse
+import urllib.request
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 VERSION = "2.0.0"
@@ -2303,7 +2304,7 @@ def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
     reason = f"{filing.reason}; {found}; {due}"
     row = insert_message(db, post.received_at or now, ticket, message, reason, kind, confirmation)
     if draft:
-        send_later(db, now, account, ticket, draft, "confirmation")
+        send_later(db, now, ticket, draft, "confirmation")
     elif kind == "bounce":
         fail_bounced(db, account, message)
     return {"status": status, "ticket": ticket["reference"], "message": row, "kind": kind,
@@ -2443,8 +2444,12 @@ def rehearse(db: DB, now: int) -> None:
 
 LABEL = "(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
 DELIVERABLE = re.compile(
-    rf"[A-Za-z0-9!#$%&'*+/=?^_`{{|}}~.-]{{1,64}}@(?:{LABEL}\.)+(?![0-9]){LABEL}")
-OWN_ID = re.compile("<[!-;=?-~]{1,%d}>" % (MAX_OWN_ID - 2))     # printable ASCII but < and >
+    r"(?=.{3,254}$)(?!.*=\?)[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]{1,64}"
+    rf"@(?:{LABEL}\.)+(?![0-9]){LABEL}")
+# An id that may stand in a header of ours: printable ASCII but < and >, no encoded-word, and
+# none that we made up for a mail without one.
+OWN_ID = re.compile(
+    r"(?!.*=\?)<[!-;=?-~]{1,%d}(?<!@missing\.invalid)>" % (MAX_OWN_ID - 2))
 # (column of email_account, seconds, column of outbox that is counted by)
 CAPS = (
     ("confirmations_per_address_hour", 3600, "mailbox"),
@@ -2469,17 +2474,19 @@ AUTOMATIC = {
 def confirm(db: DB, now: int, post: Post, ticket: Row, message: Message,
             withheld: str) -> tuple[Draft | None, str]:
     """Return (draft, reason) of a new ticket's confirmation; no draft when a rule forbids it."""
-    account = post.account
     withheld = withheld or reason_to_withhold(db, now, post, message)
+    if withheld:
+        return None, f"confirmation withheld: {withheld}"
+    reference = ticket["reference"]
     try:
-        draft = None if withheld else draft_mail(
-            account, now, deliverable(message.from_address) or "", AUTOMATIC,
-            subject=f"[{ticket['reference']}] We received your message",
-            text=account["template"].replace("{reference}", ticket["reference"]),
+        draft = draft_mail(
+            post.account, now, message.from_address, AUTOMATIC,
+            subject=f"[{reference}] We received your message",
+            text=post.account["template"].replace("{reference}", reference),
             ancestors=[*message.references, message.message_id])
-    except ValueError as error:
-        draft, withheld = None, str(error)
-    return draft, f"confirmation withheld: {withheld}" if withheld else "confirmation queued"
+    except Refused as refusal:
+        return None, f"confirmation withheld: {refusal.reason}"
+    return draft, "confirmation queued"
 
 
 def reason_to_withhold(db: DB, now: int, post: Post, message: Message) -> str:
@@ -2488,121 +2495,110 @@ def reason_to_withhold(db: DB, now: int, post: Post, message: Message) -> str:
     mailbox = mailbox_key(recipient or message.from_address)
     if mailbox in map(mailbox_key, post.own_addresses):
         return "the mail comes from our own address"
-    if message.from_count > 1 or recipient is None:
+    if message.from_count > 1 or not recipient:
         return "From is not one address that we write to (RFC 3834 3.1.3)"
     counted = {
         "mailbox": mailbox, "domain": domain_key(mailbox), "email_account": post.account["id"]}
     for cap, seconds, column in CAPS:
-        if counted[column] in LARGE_PROVIDERS:
-            continue
         # Until now: what a clock that was wrong dated into the future does not count.
         sent = db.execute(f"""SELECT count(*) AS n FROM outbox WHERE {column} = ?
             AND purpose = 'confirmation' AND created_at BETWEEN ? AND ?""", [
                 counted[column], now - seconds + 1, now]).fetchone()["n"]
-        if sent >= post.account[cap]:
+        if sent >= post.account[cap] and counted[column] not in LARGE_PROVIDERS:
             return f"the cap {cap} is reached"
     return ""
 
 
 def domain_key(mailbox: str) -> str:
     """Whose domain it is, sub-domains taken off: two labels, or three as in example.co.uk."""
+    is_shared = re.search(
+        r"\.(?:com?|org|net|gov|edu|ac|or|ne|go|gob|gv|nom)\.[^.]{2}$", mailbox)
     labels = mailbox.rpartition("@")[2].split(".")
-    is_shared = len(labels[-1]) == 2 and labels[-2:-1] and labels[-2] in (
-        "co com org net gov edu ac or ne go gob gv nom").split()
-    return ".".join(labels[-3:] if is_shared else labels[-2:])
+    return ".".join(labels[-3 if is_shared else -2:])
 
 
-def deliverable(address: str) -> str | None:
-    """The address as it goes on the wire, ASCII; None for what we do not write to.
+def deliverable(address: str) -> str:
+    """The address as it goes on the wire, ASCII; "" for what we do not write to.
 
     We do not write to quoted local parts, address literals, non-ASCII local parts (they need
     SMTPUTF8) or encoded words (EmailMessage would decode them).
     """
     local, _, domain = address.rpartition("@")
-    try:
-        wire = domain if domain.isascii() else domain.lower()[:254].encode("idna").decode()
-        # The codec is IDNA 2003: what it maps to another name (ß to ss) may be another's.
-        if wire != domain and wire.encode().decode("idna") != domain.lower():
-            return None
-    except UnicodeError:
-        return None
-    address = f"{local}@{wire}"
-    is_safe = len(address) <= 254 and "=?" not in local and DELIVERABLE.fullmatch(address)
-    return address if is_safe else None
+    if not domain.isascii():
+        try:
+            wire = domain.lower()[:254].encode("idna")
+            # The codec is IDNA 2003: what it maps to another name (ß to ss) may be another's.
+            is_same = wire.decode("idna") == domain.lower()
+        except UnicodeError:
+            return ""
+        address = f"{local}@{wire.decode()}" if is_same else ""
+    return address if DELIVERABLE.fullmatch(address) else ""
 
 
-def draft_mail(account: Row, now: int, recipient: str, extra: dict[str, str], *, subject: str,
+def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, subject: str,
                text: str, ancestors: list[str]) -> Draft:
-    """A text/plain mail of ours; ValueError when it cannot be written safely.
+    """A text/plain mail of ours; Refused when it cannot be written safely.
 
     `ancestors` are the ids for References, the parent's last.
     """
-    known = [parent for parent in ancestors if OWN_ID.fullmatch(parent) and "=?" not in parent
-             and not parent.endswith("@missing.invalid>")]
+    recipient = deliverable(address)
+    if not recipient:
+        raise Refused(400, f"{address!r} is not an address that we can write to")
+    known = [parent for parent in ancestors if OWN_ID.fullmatch(parent)]
     parents = known[-1:] if known[-1:] == ancestors[-1:] else []
     known = known[:1] + known[1:][-9:]
     # `=?` is broken up: mail programs would decode what stands behind it.
     name = one_line(account["display_name"] or "").replace("=?", "= ?")
-    address = account["address"]
-    headers = {
-        "From": email.utils.formataddr((name, address)), "To": recipient, "Subject": subject,
-        "Date": email.utils.formatdate(now),
-        # 128 random bits; the message row, not the id, says which ticket.
-        "Message-ID": f"<{secrets.token_hex(16)}@{address.rpartition('@')[2].lower()}>",
-        "In-Reply-To": "".join(parents), "References": " ".join(known), **extra}
-    headers = {header: value for header, value in headers.items() if value}
+    subject = subject.replace("=?", "= ?")
+    ours = account["address"]
     mail = email.message.EmailMessage(Verbatim(linesep="\r\n"))
-    for header, value in headers.items():
-        mail[header] = value
-    mail.set_content(text, cte="quoted-printable")
-    refuse_unsafe(mail.as_bytes(), headers)
-    envelope_from = account["confirmation_envelope_from"] or "" if extra else address
+    for header, value in {
+            "From": email.utils.formataddr((name, ours)), "To": recipient,
+            "Subject": subject,
+            "Date": email.utils.formatdate(now),
+            # 128 random bits; the message row, not the id, says which ticket.
+            "Message-ID": f"<{secrets.token_hex(16)}@{ours.rpartition('@')[2].lower()}>",
+            "In-Reply-To": "".join(parents), "References": " ".join(known), **extra}.items():
+        if value:
+            mail[header] = value
+    mail.set_content(text, cte="quoted-printable",
+                     content_manager=email.contentmanager.raw_data_manager)
+    confirmation_from = account["confirmation_envelope_from"] or ""
     return Message(
-        message_id=headers["Message-ID"], digest="", in_reply_to=parents, references=known,
-        from_address=address, from_name=name, envelope_from=envelope_from, to=[recipient], cc=[],
-        subject=subject, text=text, html=None,
-        headers=[[*pair] for pair in headers.items()]), mail.as_bytes()
+        message_id=mail["Message-ID"], digest="", in_reply_to=parents, references=known,
+        from_address=ours, from_name=name, envelope_from=confirmation_from if extra else ours,
+        to=[recipient], cc=[], subject=subject, text=text, html=None,
+        headers=[[*pair] for pair in mail.items()]), safe_bytes(mail)
 
 
-def refuse_unsafe(content: bytes, headers: dict[str, str]) -> None:
-    """ValueError unless a mail of ours has these headers, no others, and clean lines.
+class Verbatim(email.policy.Compat32):
+    """Headers stand as they are, ids one a line; an encoded subject is folded as RFC 2047 has it.
 
-    EmailMessage decodes encoded-words in what it is given and writes the CR LF that it finds
-    there into the header block, so what was built is parsed again before anybody trusts it.
-    """
-    parsed = email.message_from_bytes(content)
-    expected = [*headers, "Content-Type", "Content-Transfer-Encoding", "MIME-Version"]
-    is_same = all(str(parsed[name]).split() == headers[name].split()
-                  for name in Verbatim.names if name in headers)
-    if sorted(parsed.keys()) != sorted(expected) or not is_same or not content.isascii() or (
-            re.search(rb"\0|[^\r]\n|\r[^\n]|[^\r\n]{999}", content)):
-        raise ValueError("the mail cannot be written safely")
-
-
-class Verbatim(email.policy.EmailPolicy):
-    """EmailMessage's policy, but these headers are neither parsed nor folded.
-
-    The stock one makes of a long In-Reply-To an encoded-word that threads nowhere, and of a
+    The newer policy makes of a long In-Reply-To an encoded-word that threads nowhere, and of a
     long quoted name with commas in From several mailboxes.
     """
 
-    names = ("From", "To", "Message-ID", "In-Reply-To", "References")
-
-    def header_store_parse(self, name: str, value: Any) -> tuple[str, Any]:
-        return (name, value) if name in self.names else super().header_store_parse(name, value)
-
-    def fold_binary(self, name: str, value: Any) -> bytes:
-        if name not in self.names:
+    def fold_binary(self, name: str, value: str) -> bytes:
+        if not value.isascii():
             return super().fold_binary(name, value)
-        return f"{name}: {value}\r\n".replace("> <", ">\r\n <").encode("ascii")
+        return f"{name}: {value}\r\n".replace("> <", ">\r\n <").encode()
 
 
-def send_later(db: DB, now: int, account: Row, ticket: Row, draft: Draft, purpose: str) -> None:
+def safe_bytes(mail: email.message.EmailMessage) -> bytes:
+    """A mail of ours in bytes; Refused unless it parses to these headers and has clean lines."""
+    content = mail.as_bytes()
+    if (email.message_from_bytes(content).keys() != mail.keys()
+            or re.search(rb"[\0\x80-\xff]|[^\r]\n|\r[^\n]|[^\r\n]{999}", content)):
+        raise Refused(400, "the mail cannot be written safely")
+    return content
+
+
+def send_later(db: DB, now: int, ticket: Row, draft: Draft, purpose: str) -> None:
     """Store a drafted mail as message and outbox row; its bytes never change from here on."""
     message, content = draft
     mailbox = mailbox_key(message.to[0])
     insert(db, "outbox", message=insert_message(db, now, ticket, message, f"our {purpose}"),
-           email_account=account["id"], purpose=purpose, recipient=message.to[0],
+           email_account=ticket["email_account"], purpose=purpose, recipient=message.to[0],
            mailbox=mailbox, domain=domain_key(mailbox), content=content, created_at=now,
            next_attempt_at=now, give_up_at=now + GIVE_UP)
 
@@ -2614,46 +2610,44 @@ def send_later(db: DB, now: int, account: Row, ticket: Row, draft: Draft, purpos
 
 def claim(db: DB, now: int, account: Row) -> Any:
     """Lease the account's next due row for LEASE seconds; None if nothing is due."""
+    values = {"now": now, "lease": now + LEASE, "far": now + 2 * MAX_WAIT, **account}
     db.execute("""UPDATE outbox SET state = 'queued'
-        WHERE state = 'sending' AND next_attempt_at NOT BETWEEN ? AND ?""", [
-            now + 1, now + LEASE])
+        WHERE state = 'sending' AND next_attempt_at NOT BETWEEN :now + 1 AND :lease""", values)
     db.execute("""UPDATE outbox SET state = 'failed', next_attempt_at = NULL, last_error =
         'not delivered in 24 h; ' || iif(last_error = '', 'no smtp_host was set', last_error)
-        WHERE state = 'queued' AND give_up_at <= ?""", [now])
-    if not account["smtp_host"]:
-        return None
+        WHERE state = 'queued' AND give_up_at <= :now""", values)
     # What is due far later than we ever wait is due now: the clock was set back.
     return db.execute("""UPDATE outbox
-        SET state = 'sending', attempts = attempts + 1, next_attempt_at = ?
-        WHERE id = (SELECT id FROM outbox WHERE state = 'queued' AND email_account = ?
-            AND next_attempt_at NOT BETWEEN ? AND ? ORDER BY next_attempt_at, id LIMIT 1)
-        RETURNING *""", [
-            now + LEASE, account["id"], now + 1, now + 2 * MAX_WAIT]).fetchone()
+        SET state = 'sending', attempts = attempts + 1, next_attempt_at = :lease
+        WHERE id = (SELECT id FROM outbox WHERE state = 'queued' AND email_account = :id
+            AND next_attempt_at NOT BETWEEN :now + 1 AND :far AND :smtp_host IS NOT NULL
+            ORDER BY next_attempt_at, id LIMIT 1)
+        RETURNING *, iif(purpose = 'confirmation', ifnull(:confirmation_envelope_from, ''),
+            :address) AS envelope_from""", values).fetchone()
 
 
 def settle(db: DB, now: int, row: Row, state: str, error: str) -> None:
     """Record what became of a claimed row, unless its lease ran out and another has it."""
-    due = None
-    if state == "queued":
-        wait = min(MAX_WAIT, FIRST_WAIT * 2 ** min(row["attempts"] - 1, 10))
-        due = now + wait * (75 + secrets.randbelow(51)) // 100
-    db.execute("""UPDATE outbox SET state = ?, next_attempt_at = ?, last_error = ? WHERE id = ?
-        AND state = 'sending' AND attempts = ?""", [
-            state, due, error, row["id"], row["attempts"]])
+    wait = min(MAX_WAIT, FIRST_WAIT * 2 ** min(row["attempts"] - 1, 10))
+    due = now + wait * (75 + secrets.randbelow(51)) // 100
+    db.execute("""UPDATE outbox SET state = :state, last_error = :error,
+        next_attempt_at = iif(:state = 'queued', :due, NULL)
+        WHERE id = :id AND state = 'sending' AND attempts = :attempts""", {
+            **row, "state": state, "error": error, "due": due})
 
 
-def send_due(store: Store, accounts: list[Row] | None = None) -> Counter[str]:
+def send_due(store: Store) -> Counter[str]:
     """Deliver all that is due, a session for each account; return a Counter of the outcomes."""
     outcomes: Counter[str] = Counter()
-    for account in accounts or store.accounts():
+    for account in store.accounts():
         with contextlib.closing(Relay(account)) as relay:
-            while row := store.write(claim, account):       # nothing to claim: nothing is written
+            while row := store.write(claim, account):   # nothing to claim: nothing is written
                 state, error = relay.deliver(row)
-                settle_for_sure(store, row, state, error)
                 outcomes[state] += 1
                 log.info("outbox %d to %s %s: %s", row["id"], row["recipient"], state,
                          printable(error))
-                if not relay.is_ready:      # one try at a look, not one a row
+                settle_for_sure(store, row, state, error)
+                if relay.smtp is None:      # one try at a look, not one a row
                     break
     return outcomes
 
@@ -2667,10 +2661,9 @@ def settle_for_sure(store: Store, row: Row, state: str, error: str) -> None:
     while True:
         try:
             return store.write(settle, row, state, error)
-        except Refused as refusal:
+        except Refused:
             if time.monotonic() > ends:
-                raise Refused(503, f"mail {row['id']} is {state}, and that was not kept: "
-                                   f"{refusal.reason}") from None
+                raise
             time.sleep(0.2)
 
 
@@ -2680,34 +2673,35 @@ class Relay:
     def __init__(self, account: Row):
         self.account = account
         self.smtp: Any = None
-        self.is_ready = False
 
     def deliver(self, row: Row) -> tuple[str, str]:
-        """Return (state, error): sent, failed (5xx for this mail), queued (all that may pass)."""
+        """Return (state, error): sent, failed (5xx for this mail), queued (all that may pass).
+
+        A session that cannot be used any more is closed: `smtp` is None again.
+        """
         # smtplib has no total deadline: a server that drips bytes would hold us for ever.
         watchdog = threading.Timer(DELIVERY, self.abort)
         watchdog.daemon = True
         watchdog.start()
-        column = {"confirmation": "confirmation_envelope_from"}.get(row["purpose"], "address")
+        is_ready = False
         try:
-            if not self.is_ready:
+            if self.smtp is None:
                 self.connect()
             if not watchdog.is_alive():     # it could not cut short what DNS took
                 raise TimeoutError(f"no session within {DELIVERY} s")
-            self.is_ready = True
-            self.smtp.sendmail(self.account[column] or "", [row["recipient"]], row["content"])
+            is_ready = True
+            self.smtp.sendmail(row["envelope_from"], [row["recipient"]], row["content"])
             return "sent", ""
         except smtplib.SMTPRecipientsRefused as error:
             code, words = error.recipients[row["recipient"]]
-        except (OSError, ValueError, smtplib.SMTPException) as error:
+        except (OSError, ValueError) as error:      # SMTPException is an OSError
             code = getattr(error, "smtp_code", 0)
-            words = getattr(error, "smtp_error", f"{type(error).__name__}: {error}")
+            words = getattr(error, "smtp_error", repr(error).encode())
         finally:
             watchdog.cancel()
-        text = decode(words, None) if isinstance(words, bytes) else str(words)
-        text = one_line(f"{code or ''} {text}")[:300]
+        text = one_line(f"{code or ''} {decode(words, None)}")[:300]
         # RFC 5321 4.2.1: 5yz is permanent, 4yz may pass; 3.8: after a 421 the session is over.
-        if self.is_ready and code not in (0, 421):
+        if is_ready and code not in (0, 421):
             return "failed" if code >= 500 else "queued", text
         # A wrong password is not this mail's fault: it waits for the admin, as for the network.
         self.close()
@@ -2717,19 +2711,20 @@ class Relay:
         """Open the session that the account's settings ask for. Certificates are verified."""
         host, port, security, username, password = (self.account[f"smtp_{name}"] for name in (
             "host", "port", "security", "username", "password"))
+        context = ssl.create_default_context()
         # The name is for EHLO: smtplib would ask DNS for one, which may take longer than the
         # delivery. Made before it connects, so that the watchdog finds the socket in it.
-        more: Row = {"context": ssl.create_default_context()} if security == "tls" else {}
         self.smtp = (TerseSMTPS if security == "tls" else TerseSMTP)(
-            local_hostname=self.account["address"].rpartition("@")[2], timeout=DELIVERY, **more)
-        self.smtp._host = host          # starttls and TLS check the certificate against it
+            local_hostname=self.account["address"].rpartition("@")[2], timeout=DELIVERY)
+        self.smtp.context = context     # TLS from the start checks the certificate by it …
+        self.smtp._host = host          # … and both kinds check it against this name
         code, words = self.smtp.connect(
             host, port or {"none": 25, "starttls": 587, "tls": 465}[security])
         if code != 220:
             raise smtplib.SMTPConnectError(code, words)
         self.smtp.ehlo_or_helo_if_needed()
         if security == "starttls":
-            self.smtp.starttls(context=ssl.create_default_context())
+            self.smtp.starttls(context=context)
         if username is not None:        # the schema has it that security is not none here
             self.smtp.login(username, password or "")
 
@@ -2739,43 +2734,32 @@ class Relay:
 
     def close(self) -> None:
         """Say QUIT, whatever comes back: every mail is settled by now."""
-        with contextlib.suppress(OSError, smtplib.SMTPException, AttributeError):
+        with contextlib.suppress(OSError, AttributeError), contextlib.closing(self.smtp):
             self.smtp.sock.settimeout(2)
             self.smtp.quit()
-        with contextlib.suppress(OSError, AttributeError):
-            self.smtp.close()
-        self.smtp, self.is_ready = None, False
+        self.smtp = None
 
 
 class TerseSMTP(smtplib.SMTP):
     """smtplib's session, which keeps each line of an endless reply; here one has an end."""
 
     def getreply(self) -> tuple[int, bytes]:
-        if self.file is None and self.sock is not None:
-            self.file = TerseFile(self.sock.makefile("rb"))
-        if self.file is not None:
-            self.file.left = MAX_REPLY
-        return super().getreply()
+        if self.file is None:
+            self.file = self.sock.makefile("rb")     # type: ignore[union-attr]
+        reply = b""
+        while len(reply) < MAX_REPLY:
+            line = self.file.readline(MAX_REPLY)
+            if not line[:3].isdigit():
+                break
+            reply += line[4:]
+            if line[3:4] != b"-":
+                return int(line[:3]), reply
+        self.close()
+        raise smtplib.SMTPServerDisconnected("it hung up, or what it said is no reply")
 
 
 class TerseSMTPS(TerseSMTP, smtplib.SMTP_SSL):
     pass
-
-
-class TerseFile:
-    """Lines of a file, until `left` bytes of it are read."""
-
-    def __init__(self, file: Any):
-        self.file = file
-        self.close = file.close
-        self.left = MAX_REPLY
-
-    def readline(self, size: int) -> Any:
-        line = self.file.readline(size)
-        self.left -= len(line)
-        if self.left < 0:
-            raise OSError(f"a reply of more than {MAX_REPLY} bytes")
-        return line
 
 
 # -----------------------------------------------------------------------------------------
@@ -2806,21 +2790,22 @@ def run_server(listen: str, store: Store) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # SystemExit lets what is in flight finish
         signal.signal(number, lambda *_: sys.exit(0))
     port = getattr(server, "effective_port", None) or server.effective_listen[0][1]
-    # It listens before it opens: a taken port shall not use up the greeting.
-    text = GREETING if store.open() else "listening: {url} (`inbound secret` prints the secret)"
-    print(text.format(url=f"http://{listen.rpartition(':')[0]}:{port}{ENDPOINT}",
-                      id=secrets.token_hex(8),
-                      secret=store.accounts()[0]["inbound_secret"]), flush=True)
     stopping = threading.Event()
     courier = threading.Thread(target=run_courier, args=(store, stopping), daemon=True)
-    courier.start()
     try:
+        # It listens before it opens: a taken port shall not use up the greeting.
+        text = GREETING if store.open() else "listening: {url} (`inbound secret` prints the secret)"
+        courier.start()
+        print(text.format(url=f"http://{listen.rpartition(':')[0]}:{port}{ENDPOINT}",
+                          id=secrets.token_hex(8),
+                          secret=store.accounts()[0]["inbound_secret"]), flush=True)
         server.run()
     finally:
         stopping.set()
         store.has_mail.set()
         server.close()
-        courier.join(LOOK)      # what it was sending then is sent again when its lease ends
+        if courier.is_alive():      # what it was sending then is sent again when its lease ends
+            courier.join(LOOK)
 
 
 def run_courier(store: Store, stopping: threading.Event) -> None:
@@ -2837,507 +2822,447 @@ def run_courier(store: Store, stopping: threading.Event) -> None:
 
 
 # -----------------------------------------------------------------------------------------
-# Verbs: one function each, in the order of --help; each takes the options, the store and the
-# words that stand behind its name. What it prints goes through `show_rows` or `show_one`.
+# Verbs: one function each, in the order of --help. It takes the store, the words behind its
+# name, and its options by their names. It returns what is printed: a row or rows, or (that,
+# the text that stands for it where nobody asked for JSON).
 
-Verb = Callable[..., None]
-Options = SimpleNamespace
-VERBS: dict[str, tuple[str, Verb]] = {}         # name → usage, function
-
-
-def verb(usage: str) -> Callable[[Verb], Verb]:
-    """Register a function under the lower-case words that its usage begins with."""
-    def register(function: Verb) -> Verb:
-        VERBS[re.findall(r"^[a-z]+(?: [a-z]+\b)*", usage)[0]] = usage, function
-        return function
-    return register
+Verb = Callable[..., Any]
+VERBS: dict[str, Verb] = {}
 
 
-@verb("serve [--listen 127.0.0.1:8080]")
-def serve(options: Options, store: Store) -> None:
-    """Make the database if there is none, answer the endpoint, and send the outbox."""
-    run_server(options.listen, store)
+def verb(function: Verb) -> Verb:
+    """Register a verb. Its docstring is its help; the first paragraph of that is its usage."""
+    VERBS[function.__name__.replace("_", " ")] = function
+    return function
 
 
-@verb("secret show [--account ADDRESS] [--json]")
-def secret_show(options: Options, store: Store) -> None:
-    """Print the secret that callers of the endpoint must know."""
-    account = chosen_account(options, store)
+@verb
+def serve(store: Store, *, listen: str = "127.0.0.1:8080") -> None:
+    """inbound serve [--listen 127.0.0.1:8080]
+
+    Make the database if there is none, answer the endpoint, and send the outbox.
+    """
+    run_server(listen, store)
+
+
+@verb
+def secret_show(store: Store, *, account: str = "") -> Any:
+    """inbound secret show [--account ADDRESS] [--json]
+
+    Print the secret that callers of the endpoint must know.
+    """
+    row = chosen_account(store, account)
     names = ("address", "inbound_secret", "previous_secret", "previous_secret_until")
-    show_one(options, {name: account[name] for name in names}, account["inbound_secret"])
+    return {name: row[name] for name in names}, row["inbound_secret"]
 
 
-@verb("secret set VALUE [--account ADDRESS] [--json]")
-def secret_set(options: Options, store: Store, value: str) -> None:
-    """Set the secret; the one before ends at once."""
-    change_account(options, store, inbound_secret=value, previous_secret=None)
-    secret_show(options, store)
+@verb
+def secret_set(store: Store, value: str, *, account: str = "") -> Any:
+    """inbound secret set VALUE [--account ADDRESS] [--json]
+
+    Set the secret; the one before ends at once.
+    """
+    change_account(store, account, {"inbound_secret": value, "previous_secret": None})
+    return secret_show(store, account=account)
 
 
-@verb("secret rotate [--keep 24h] [--account ADDRESS] [--json]")
-def secret_rotate(options: Options, store: Store) -> None:
-    """Make a new secret; the old one stays valid for --keep."""
-    change_account(options, store, inbound_secret=new_secret(),
-                   previous_secret=chosen_account(options, store)["inbound_secret"],
-                   previous_secret_until=store.now() + seconds_of(options.keep))
-    secret_show(options, store)
+@verb
+def secret_rotate(store: Store, *, keep: str = "24h", account: str = "") -> Any:
+    """inbound secret rotate [--keep 24h] [--account ADDRESS] [--json]
+
+    Make a new secret; the old one stays valid for --keep.
+    """
+    unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(keep[-1:])
+    if not unit or not re.fullmatch("[0-9]{1,6}", keep[:-1]):
+        raise Usage("--keep is a number and s, m, h or d, like 24h")
+    change_account(store, account, {
+        "previous_secret": chosen_account(store, account)["inbound_secret"],
+        "previous_secret_until": store.now() + int(keep[:-1]) * unit,
+        "inbound_secret": new_secret()})
+    return secret_show(store, account=account)
 
 
-def change_account(options: Options, store: Store, **values: Any) -> None:
+def change_account(store: Store, account: str, values: Row) -> None:
     columns = ", ".join(f"{name} = ?" for name in values)
-    identifier = chosen_account(options, store)["id"]
-    store.write(lambda db, now: db.execute(
-        f"UPDATE email_account SET {columns} WHERE id = ?", [*values.values(), identifier]))
+    store.write(run_one, f"UPDATE email_account SET {columns} WHERE id = ?",
+                *values.values(), chosen_account(store, account)["id"])
 
 
-@verb("account list [--json]")
-def account_list(options: Options, store: Store) -> None:
-    """List the accounts."""
-    show_rows(options, [{name: account[name] for name in ("address", "display_name", "smtp_host")}
-                        for account in store.accounts()])
+def run_one(db: DB, now: int, statement: str, *parameters: Any) -> list[Row]:
+    """The rows that one statement returns, as work for the writer."""
+    return db.execute(statement, parameters).fetchall()
 
 
-@verb("account show [--account ADDRESS] [--json]")
-def account_show(options: Options, store: Store) -> None:
-    """Print an account's settings, as `account set` takes them."""
-    show_one(options, settings_of(options, store))
+def chosen_account(store: Store, address: str) -> Row:
+    """The account of --account, else the default one; queue by name, password hidden."""
+    return one_of(store.rows("""SELECT email_account.*, queue.name AS queue,
+        iif(smtp_password IS NULL, NULL, '(set)') AS smtp_password
+        FROM email_account JOIN queue ON queue.id = email_account.queue
+        WHERE address = :address OR :address = ''
+        ORDER BY email_account.is_default DESC, email_account.id""", {"address": address}),
+        f"account {address!r}: see `inbound account list`")
 
 
-@verb("account add ADDRESS [--json]")
-def account_add(options: Options, store: Store, address: str) -> None:
-    """Add an account, with a secret and so a URL of its own."""
-    row = {"address": address, "inbound_secret": new_secret()}
-    store.write(lambda db, now: insert(
-        db, "email_account", **row, queue=store.accounts()[0]["queue"]))
-    show_one(options, row)
+def one_of(rows: list[Row], what: str) -> Row:
+    if not rows:
+        raise Refused(404, f"there is no {what}")
+    return rows[0]
 
 
-@verb("account set KEY=VALUE ... [--account ADDRESS] [--json]")
-def account_set(options: Options, store: Store, *settings: str) -> None:
-    """Change settings and print what changed; an empty VALUE unsets one."""
-    before = settings_of(options, store)
-    values: Row = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals or name not in before:
-            raise Usage(f"{name!r} is no setting{nearest(name, before)}: expected KEY=VALUE with "
-                        f"a KEY of {', '.join(before)}")
-        values[name] = value or None
-    if "queue" in values:       # a name that is new makes a queue
-        values["queue"] = store.write(queue_named, values["queue"])
-    if values:
-        change_account(options, store, **values)
-    options.account = values.get("address", options.account)
-    after = settings_of(options, store)
-    changed = [f"{name}={readable(name, after[name])}" for name in values
-               if after[name] != before[name] or name == "smtp_password"]
-    show_one(options, after, "\n".join(changed) or "nothing changed")
+@verb
+def account_list(store: Store) -> Any:
+    """inbound account list [--json]
+
+    List the accounts, the default one first.
+    """
+    return store.rows("""SELECT address, display_name, smtp_host FROM email_account
+        ORDER BY is_default DESC, id""")
 
 
-def queue_named(db: DB, now: int, name: str) -> int:
-    db.execute("INSERT OR IGNORE INTO queue (name) VALUES (?)", [name])
-    row = db.execute("SELECT id FROM queue WHERE name = ?", [name]).fetchone()
-    if row is None:
-        raise Refused(400, "a queue needs a name")
-    return int(row["id"])
+@verb
+def account_show(store: Store, *, account: str = "") -> Any:
+    """inbound account show [--account ADDRESS] [--json]
 
-
-def settings_of(options: Options, store: Store) -> Row:
-    """What may be shown of an account: the columns that are neither ids nor secrets."""
-    account = chosen_account(options, store)
-    [queue] = store.rows("SELECT name FROM queue WHERE id = ?", [account["queue"]])
-    shown = account | {"queue": queue["name"]}
-    if shown["smtp_password"] is not None:
-        shown["smtp_password"] = "(set)"
-    return {name: value for name, value in shown.items()
+    Print an account's settings, as `account set` takes them.
+    """
+    return {name: value for name, value in chosen_account(store, account).items()
             if name != "id" and "_secret" not in name}
 
 
-def chosen_account(options: Options, store: Store) -> Row:
-    """The account of --account, else the default one."""
-    for account in store.accounts():
-        if options.account is None or account["address"].lower() == options.account.lower():
-            return account
-    raise Refused(404, f"there is no account {options.account!r}: see `inbound account list`")
+@verb
+def account_add(store: Store, address: str) -> Any:
+    """inbound account add ADDRESS [--json]
+
+    Add an account, with a secret and so a URL of its own.
+    """
+    return store.write(run_one, """INSERT INTO email_account (address, inbound_secret, queue)
+        SELECT ?, ?, id FROM queue ORDER BY is_default DESC, id LIMIT 1
+        RETURNING address, inbound_secret""", address, new_secret())[0]
 
 
-TICKETS = """SELECT ticket.reference, queue.name AS queue, ticket.status, ticket.subject,
-    ticket.requester,
-    (SELECT count(*) FROM message WHERE message.ticket = ticket.id) AS messages,
-    ticket.created_at, ticket.updated_at
-    FROM ticket JOIN queue ON queue.id = ticket.queue"""
+@verb
+def account_set(store: Store, setting: str, *more: str, account: str = "") -> Any:
+    """inbound account set KEY=VALUE ... [--account ADDRESS] [--json]
+
+    Change settings and print them; an empty VALUE unsets one.
+    """
+    known = account_show(store, account=account)
+    values: Row = {}
+    for each in (setting, *more):
+        name, equals, value = each.partition("=")
+        if not equals or name not in known:
+            raise Usage(f"{name!r} is no setting{nearest(name, known)}: expected KEY=VALUE, "
+                        f"with a KEY of {', '.join(known)}")
+        values[name] = value or None
+    if "queue" in values:       # a name that is new makes a queue
+        values["queue"] = store.write(run_one, """INSERT INTO queue (name) VALUES (?)
+            ON CONFLICT (name) DO UPDATE SET is_default = is_default RETURNING id""",
+            values["queue"] or "")[0]["id"]
+    change_account(store, account, values)
+    changed = account_show(store, account=values.get("address", account))
+    return {name: changed[name] for name in values}
 
 
-@verb("tickets [open|closed|all] [--queue NAME] [--from ADDRESS] [--search WORDS] [--limit 50] "
-      "[--account ADDRESS] [--json]")
-def tickets(options: Options, store: Store, status: str = "open") -> None:
-    """List tickets, those with the latest message first; --limit 0 lists all."""
+@verb
+def tickets(store: Store, status: str = "open", *, search: str = "", limit: int = 50,
+            account: str = "", **equal: str) -> Any:
+    """inbound tickets [open|closed|all] [--queue NAME] [--from ADDRESS] [--search WORDS]
+    [--limit 50] [--account ADDRESS] [--json]
+
+    List tickets, those with the latest message first; --limit 0 lists all.
+    """
     if status not in ("open", "closed", "all"):
-        raise Usage(f"{status!r} is no status: expected open, closed or all")
-    account = chosen_account(options, store)["id"] if options.account else None
-    tests = [(test, value) for test, value in (
-        ("ticket.status = ?", status if status != "all" else None),
-        ("queue.name = ?", options.queue), ("ticket.requester = ?", getattr(options, "from")),
-        ("ticket.email_account = ?", account)) if value]
-    tests += [("""ticket.id IN (SELECT ticket FROM message
-        WHERE instr(lower(from_address || ' ' || subject || ' ' || text), lower(?)))""", word)
-        for word in (options.search or "").split()]
-    show_rows(options, store.rows(
-        f"""{TICKETS} WHERE {' AND '.join(['true', *(test for test, _ in tests)])}
-        ORDER BY ticket.updated_at DESC, ticket.id DESC LIMIT ?""", [
-            *(value for _, value in tests), number_of(options.limit) or -1]))
+        raise Usage(f"{status!r} is no status")
+    asked = {
+        "status": status, "words": json.dumps(search.split()), "limit": limit, "queue": None,
+        "from": None, "account": chosen_account(store, account)["id"] if account else None}
+    return store.rows("""SELECT ticket.reference, queue.name AS queue, ticket.status,
+        ticket.subject, ticket.requester,
+        (SELECT count(*) FROM message WHERE message.ticket = ticket.id) AS messages,
+        ticket.created_at, ticket.updated_at
+        FROM ticket JOIN queue ON queue.id = ticket.queue
+        WHERE :status IN (ticket.status, 'all')
+        AND queue.name = ifnull(:queue, queue.name)
+        AND ticket.requester = ifnull(:from, ticket.requester)
+        AND ticket.email_account = ifnull(:account, ticket.email_account)
+        AND NOT EXISTS (SELECT 1 FROM json_each(:words) WHERE NOT EXISTS (
+            SELECT 1 FROM message WHERE message.ticket = ticket.id
+            AND instr(lower(from_address || ' ' || subject || ' ' || text), lower(value))))
+        ORDER BY ticket.updated_at DESC, ticket.id DESC LIMIT :limit""", asked | equal)
 
 
-@verb("show REF [--last N] [--json]")
-def show(options: Options, store: Store, reference: str) -> None:
-    """Print a ticket: its messages, and why each was treated as it was."""
+@verb
+def show(store: Store, reference: str, *, last: int = -1) -> Any:
+    """inbound show REF [--last N] [--json]
+
+    Print a ticket: its messages, and why each was treated as it was.
+    """
     ticket = ticket_of(store, reference)
-    messages = store.rows("""SELECT direction, message_id, in_reply_to, "references",
-        from_address AS "from", from_name, envelope_from, "to", cc, subject, text, html, headers,
-        kind, reason, confirmation, notes, received_at, id FROM message WHERE ticket = ?
-        ORDER BY id DESC LIMIT ?""", [ticket["id"], number_of(options.last or "0") or -1])[::-1]
-    lines = ["{reference} ({status}, {queue}): {subject} <{requester}>".format(**ticket)]
+    messages = store.rows("""SELECT * FROM (SELECT direction, message_id, in_reply_to,
+        "references", from_address AS "from", from_name, envelope_from, "to", cc, subject,
+        text, html, headers, kind, reason, confirmation, notes, received_at, id FROM message
+        WHERE ticket = ? ORDER BY id DESC LIMIT ?) ORDER BY id""", [ticket["id"], last])
+    text = "{reference} ({status}, {queue}): {subject} <{requester}>\n".format(**ticket)
     for message in messages:
         for name in ("references", "to", "cc", "headers", "notes"):
             message[name] = json.loads(message[name])
         message["attachments"] = store.rows("""SELECT id, filename, content_type, content_id,
             size, sha256, note FROM attachment WHERE message = ?""", [message.pop("id")])
-        kind = f"{message['kind']}: " if message["kind"] else ""
-        lines += ["", "--- {direction} {} {from_name} <{from}>".format(
-            readable("_at", message["received_at"]), **message), f"    {kind}{message['reason']}"]
-        lines += [f"    note: {note}" for note in message["notes"]]
-        lines += ["    attachment {id}: {filename} ({content_type}, {size} bytes) {note}".format(
-            **each).rstrip() for each in message["attachments"]]
-        lines += ["", message["text"].rstrip("\n")]
+        text += text_of_message(message)
     names = ("reference", "queue", "status", "subject", "requester")
-    show_one(options, {name: ticket[name] for name in names} | {"messages": messages},
-             "\n".join(lines))
+    return {name: ticket[name] for name in names} | {"messages": messages}, text
 
 
 def ticket_of(store: Store, reference: str) -> Row:
-    rows = store.rows("""SELECT ticket.*, queue.name AS queue FROM ticket
-        JOIN queue ON queue.id = ticket.queue WHERE reference = ?""", [reference.upper()])
-    return one_of(rows, f"ticket {reference!r}", "inbound tickets all")
+    return one_of(store.rows("""SELECT ticket.*, queue.name AS queue FROM ticket
+        JOIN queue ON queue.id = ticket.queue WHERE reference = ?""", [reference.upper()]),
+        f"ticket {reference!r}: see `inbound tickets all`")
 
 
-def one_of(rows: list[Row], what: str, where: str) -> Row:
-    if not rows:
-        raise Refused(404, f"there is no {what}: see `{where}`")
-    return rows[0]
+def text_of_message(message: Row) -> str:
+    text = "\n--- {direction} {received_at} {from_name} <{from}> {kind}\n    {reason}\n".format(
+        **readable(message))
+    for note in message["notes"]:
+        text += f"    note: {note}\n"
+    for each in message["attachments"]:
+        text += "    attachment {id}: {filename} ({content_type}, {size} bytes) {note}\n".format(
+            **each)
+    return f"{text}\n{message['text'].rstrip()}\n"
 
 
-@verb("attachment ID [FILE]")
-def attachment(options: Options, store: Store, identifier: str, file: str = "") -> None:
-    """Write an attachment to FILE, never over an existing one, or to standard output."""
-    row = one_of(store.rows("SELECT content, note FROM attachment WHERE id = ?", [
-        number_of(identifier)]), f"attachment {identifier}", "inbound show REF")
+@verb
+def attachment(store: Store, identifier: str, file: str = "") -> None:
+    """inbound attachment ID [FILE]
+
+    Write an attachment to FILE, never over an existing one, or to standard output.
+    """
+    row = one_of(store.rows("SELECT * FROM attachment WHERE id = ?", [identifier]),
+                 f"attachment {identifier!r}: see `inbound show REF`")
     if row["content"] is None:
         raise Refused(404, f"attachment {identifier} was {row['note']}")
-    try:
-        with open(file, "xb") if file else contextlib.nullcontext(sys.stdout.buffer) as output:
-            output.write(row["content"])
-    except OSError as error:
-        raise Refused(400, f"cannot write {file!r}: {error.strerror}") from None
+    with open(file, "xb") if file else contextlib.nullcontext(sys.stdout.buffer) as output:
+        output.write(row["content"])
 
 
-@verb("reply REF [--to ADDRESS] [--json]")
-def reply(options: Options, store: Store, reference: str) -> None:
-    """Answer the requester, or --to, with the text on standard input."""
+@verb
+def reply(store: Store, reference: str, *, to: str = "") -> Any:
+    """inbound reply REF [--to ADDRESS] [--json]
+
+    Answer the requester, or --to, with the text on standard input.
+    """
     ticket = ticket_of(store, reference)
     text = clean(decode(sys.stdin.buffer.read(), None))
     if not text.strip():
         raise Refused(400, "the reply is empty: expected its text on standard input")
-    address = options.to or ticket["requester"]
-    recipient = deliverable(address)
-    if recipient is None:
-        raise Refused(400, f"{address!r} is not an address that we can write to")
-    message_id, author = store.write(send_reply, ticket, recipient, text)
+    [account] = store.rows(
+        "SELECT * FROM email_account WHERE id = ?", [ticket["email_account"]])
+    parent = store.rows("""SELECT * FROM message WHERE ticket = ? AND direction = 'in'
+        ORDER BY id DESC LIMIT 1""", [ticket["id"]])[0]
+    subject = re.sub(r"^(?:re:\s*)+", "", ticket["subject"], flags=re.I)[:200]
+    draft = draft_mail(
+        account, store.now(), to or ticket["requester"], {}, text=text,
+        subject=f"[{ticket['reference']}] Re: {subject}",
+        ancestors=[*json.loads(parent["references"]), parent["message_id"]])
+    store.write(send_later, ticket, draft, "reply")
+    author, [recipient] = parent["from_address"], draft[0].to
     if mailbox_key(author) != mailbox_key(recipient):
         print(f"inbound: {author} wrote last, this goes to {recipient}", file=sys.stderr)
-    show_one(options, {
-        "reference": ticket["reference"], "to": recipient, "message_id": message_id})
+    return {"reference": ticket["reference"], "to": recipient, "message_id": draft[0].message_id}
 
 
-def send_reply(db: DB, now: int, ticket: Row, recipient: str, text: str) -> tuple[str, str]:
-    """Put a reply into the outbox; return its Message-ID and who wrote what it answers."""
-    account = db.execute("SELECT * FROM email_account WHERE id = ?", [
-        ticket["email_account"]]).fetchone()
-    parent = db.execute("""SELECT * FROM message WHERE ticket = ? AND direction = 'in'
-        ORDER BY id DESC LIMIT 1""", [ticket["id"]]).fetchone()
-    # `=?` is broken up: EmailMessage would decode the sender's words into our header.
-    subject = re.sub(r"^(?:re:\s*)+", "", ticket["subject"], flags=re.I).replace("=?", "= ?")
-    draft = draft_mail(
-        account, now, recipient, {}, subject=f"[{ticket['reference']}] Re: {subject[:200]}",
-        text=text, ancestors=[*json.loads(parent["references"]), parent["message_id"]])
-    send_later(db, now, account, ticket, draft, "reply")
-    return draft[0].message_id, parent["from_address"]
+@verb
+def close(store: Store, reference: str) -> Any:
+    """inbound close REF [--json]
 
-
-@verb("close REF [--json]")
-def close(options: Options, store: Store, reference: str) -> None:
-    """Close a ticket; a reply of its requester opens it again."""
-    set_status(options, store, reference, "closed")
-
-
-@verb("reopen REF [--json]")
-def reopen(options: Options, store: Store, reference: str) -> None:
-    """Open a closed ticket."""
-    set_status(options, store, reference, "open")
-
-
-def set_status(options: Options, store: Store, reference: str, status: str) -> None:
-    ticket = ticket_of(store, reference)
-    store.write(lambda db, now: db.execute(
-        "UPDATE ticket SET status = ?, updated_at = ? WHERE id = ?", [status, now, ticket["id"]]))
-    show_one(options, {"reference": ticket["reference"], "status": status})
-
-
-@verb("relay URL [--sender ADDRESS] [--secret-file inbound.secret]")
-def relay(options: Options, store: Store, url: str) -> None:
-    """Post the mail on standard input; for Postfix, Exim and OpenSMTPD.
-
-    The envelope sender is --sender or $SENDER, the secret $INBOUND_SECRET or in --secret-file.
-    Exit (sysexits.h) 0: stored. 75: try again. 77: wrong secret. 65: never accepted.
+    Close a ticket; a reply of its requester opens it again.
     """
-    mail_from = os.environ.get("SENDER") if options.sender is None else options.sender
-    line = "" if mail_from is None else f"Return-Path: <{mail_from.strip('<>')}>\r\n"
+    return set_status(store, reference, "closed")
+
+
+@verb
+def reopen(store: Store, reference: str) -> Any:
+    """inbound reopen REF [--json]
+
+    Open a closed ticket.
+    """
+    return set_status(store, reference, "open")
+
+
+def set_status(store: Store, reference: str, status: str) -> Row:
+    ticket = ticket_of(store, reference)
+    return store.write(run_one, """UPDATE ticket SET status = ?, updated_at = ? WHERE id = ?
+        RETURNING reference, status""", status, store.now(), ticket["id"])[0]
+
+
+@verb
+def relay(store: Store, url: str, *, sender: str | None = None,
+          secret_file: str = "inbound.secret") -> None:
+    """inbound relay URL [--sender ADDRESS] [--secret-file inbound.secret]
+
+    Post the mail on standard input; for Postfix, Exim and OpenSMTPD.
+
+    The envelope sender is --sender or $SENDER, the secret $INBOUND_SECRET or in
+    --secret-file. Exit (sysexits.h) 0: stored. 75: try again. 77: wrong secret. 65: never
+    accepted.
+    """
     mail = sys.stdin.buffer.read()
-    mail = os.fsencode(line) + mail[end_of_mbox_lines(mail):]
+    mail = mail[end_of_mbox_lines(mail):]
+    if sender is None:
+        sender = os.environ.get("SENDER")
+    if sender is not None:
+        mail = os.fsencode(f"Return-Path: <{sender.strip('<>')}>\r\n") + mail
     try:
-        secret = os.environ.get("INBOUND_SECRET") or Path(options.secret_file).read_text()
-        status, words = post_to(url, mail, secret.strip().partition("\n")[0].strip())
+        secret = os.environ.get("INBOUND_SECRET") or Path(secret_file).read_text()
+        status, words = post_to(url, mail, secret.strip().partition("\n")[0])
         code = {200: 0, 401: 77, 400: 65, 413: 65, 415: 65, 422: 65}.get(status, 75)
         if status != 413 and not at(words, "error" if code else "status"):
             code = 75           # somebody else's page
     except (OSError, ValueError, http.client.HTTPException) as error:
-        code, words = 75, f"{type(error).__name__}: {error}: expected an http(s) URL, and the " \
-            "secret in $INBOUND_SECRET or --secret-file"
+        # Without the name of the file, which might be a secret that was given in its place.
+        words = (f"{getattr(error, 'strerror', None) or error}: expected an http(s) URL, and "
+                 "the secret in $INBOUND_SECRET or --secret-file")
+        code = 75
     print(words.strip(), file=sys.stderr if code else sys.stdout)
     raise SystemExit(code)
 
 
-def post_to(address: str, body: bytes, secret: str, kind: str = "message/rfc822") -> tuple[
-        int, str]:
-    """POST without following redirects; return (HTTP status, answer)."""
-    url = urllib.parse.urlsplit(address)
-    https = url.scheme == "https"
-    connect_to = http.client.HTTPSConnection if https else http.client.HTTPConnection
-    with contextlib.closing(connect_to(url.netloc, timeout=60)) as connection:
-        target = urllib.parse.urlunsplit(("", "", url.path, url.query, ""))
-        connection.request("POST", target, body, {
-            "Content-Type": kind, "X-Mobieus-Inbound-Secret": secret})
-        response = connection.getresponse()
+def post_to(url: str, mail: bytes, secret: str) -> tuple[int, str]:
+    """POST a mail; return (HTTP status, answer)."""
+    opener = urllib.request.OpenerDirector()    # with no handler for redirects and for proxies
+    for handler in (urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
+                    urllib.request.UnknownHandler):
+        opener.add_handler(handler())
+    request = urllib.request.Request(url, mail, {
+        "Content-Type": "message/rfc822", "X-Mobieus-Inbound-Secret": secret})
+    with opener.open(request, timeout=60) as response:
         return response.status, decode(response.read(), None)
 
 
-OUTBOX = """SELECT outbox.id, ticket.reference AS ticket, outbox.recipient AS "to", outbox.state,
-    outbox.attempts, outbox.next_attempt_at, outbox.last_error
+OUTBOX = """SELECT outbox.id, ticket.reference AS ticket, outbox.recipient AS "to",
+    outbox.state, outbox.attempts, outbox.next_attempt_at, outbox.last_error, outbox.content
     FROM outbox JOIN message ON message.id = outbox.message
     JOIN ticket ON ticket.id = message.ticket"""
 
 
-@verb("outbox list [--limit 500] [--json]")
-def outbox_list(options: Options, store: Store) -> None:
-    """List mail on its way out, the latest last."""
-    show_rows(options, store.rows(f"{OUTBOX} ORDER BY outbox.id DESC LIMIT ?", [
-        number_of(options.limit) or -1])[::-1])
+@verb
+def outbox_list(store: Store, *, limit: int = 500) -> Any:
+    """inbound outbox list [--limit 500] [--json]
+
+    List mail on its way out, the latest last.
+    """
+    return store.rows(f"""SELECT id, ticket, "to", state, attempts, next_attempt_at,
+        last_error FROM ({OUTBOX} ORDER BY outbox.id DESC LIMIT ?) ORDER BY id""", [limit])
 
 
-@verb("outbox show ID [--json]")
-def outbox_show(options: Options, store: Store, identifier: str) -> None:
-    """Print a mail as it goes out."""
-    row = outbox_row(store, identifier)
-    [found] = store.rows("SELECT content FROM outbox WHERE id = ?", [row["id"]])
-    content = decode(found["content"], None)
-    show_one(options, row | {"content": content}, content)
+@verb
+def outbox_show(store: Store, identifier: str) -> Any:
+    """inbound outbox show ID [--json]
+
+    Print a mail as it goes out.
+    """
+    row = one_of(store.rows(f"{OUTBOX} WHERE outbox.id = ?", [identifier]),
+                 f"mail {identifier!r}: see `inbound outbox`")
+    row["content"] = decode(row["content"], None)
+    return row, row["content"]
 
 
-def outbox_row(store: Store, identifier: str) -> Row:
-    rows = store.rows(f"{OUTBOX} WHERE outbox.id = ?", [number_of(identifier)])
-    return one_of(rows, f"mail {identifier}", "inbound outbox")
+@verb
+def outbox_send(store: Store) -> Any:
+    """inbound outbox send [--json]
+
+    Send what is due now; for cron, where another server than `serve` runs the app.
+    """
+    return dict(send_due(store)) or ({}, "nothing is due")
 
 
-@verb("outbox send [--json]")
-def outbox_send(options: Options, store: Store) -> None:
-    """Send what is due now; for cron, where another server than `serve` runs the app."""
-    outcomes = dict(send_due(store))
-    show_one(options, outcomes, None if outcomes else "nothing is due")
+@verb
+def outbox_retry(store: Store, which: str) -> Any:
+    """inbound outbox retry ID|all [--json]
+
+    Make a mail due now, or all that failed.
+    """
+    rows = store.write(retry, which)
+    if not rows and which != "all":
+        raise Refused(404, f"mail {which} is {outbox_show(store, which)[0]['state']}")
+    return rows or ([], "nothing has failed")
 
 
-@verb("outbox retry ID|all [--json]")
-def outbox_retry(options: Options, store: Store, which: str) -> None:
-    """Make a mail due now, or all that failed."""
-    test = "state = 'failed'" if which == "all" else f"id = {number_of(which)}"
-    rows = store.write(retry, test)
-    if which == "all":
-        show_rows(options, rows, "nothing has failed")
-    elif rows:
-        show_one(options, rows[0])
-    else:
-        raise Refused(404, f"mail {which} is {outbox_row(store, which)['state']}")
+def retry(db: DB, now: int, which: str) -> list[Row]:
+    return db.execute("""UPDATE outbox SET state = 'queued', next_attempt_at = :now,
+        give_up_at = :give_up WHERE iif(:which = 'all', state = 'failed', id = :which)
+        AND (state IN ('queued', 'failed') OR state = 'sending' AND next_attempt_at <= :now)
+        RETURNING id, state""", {
+            "now": now, "give_up": now + GIVE_UP, "which": which}).fetchall()
 
 
-def retry(db: DB, now: int, test: str) -> list[Row]:
-    return db.execute(f"""UPDATE outbox SET state = 'queued', next_attempt_at = ?, give_up_at = ?
-        WHERE {test} AND (state IN ('queued', 'failed')
-            OR state = 'sending' AND next_attempt_at <= ?)
-        RETURNING id, state""", [now, now + GIVE_UP, now]).fetchall()
+@verb
+def rejected_list(store: Store, *, limit: int = 500) -> Any:
+    """inbound rejected list [--limit 500] [--json]
+
+    List posts that could not become a message, the latest last.
+    """
+    return store.rows("""SELECT * FROM (SELECT id, received_at, status, reason, content_type,
+        length(body) AS size FROM rejected ORDER BY id DESC LIMIT ?) ORDER BY id""", [limit])
 
 
-@verb("rejected list [--limit 500] [--json]")
-def rejected_list(options: Options, store: Store) -> None:
-    """List posts that could not become a message, the latest last."""
-    show_rows(options, store.rows("""SELECT id, received_at, status, reason, content_type,
-        length(body) AS size FROM rejected ORDER BY id DESC LIMIT ?""", [
-            number_of(options.limit) or -1])[::-1])
+@verb
+def rejected_show(store: Store, identifier: str) -> Any:
+    """inbound rejected show ID [--json]
 
-
-@verb("rejected show ID [--json]")
-def rejected_show(options: Options, store: Store, identifier: str) -> None:
-    """Print a post as it is kept, secrets starred out."""
+    Print a post as it is kept, secrets starred out.
+    """
     row = rejected_row(store, identifier)
-    row |= {"size": len(row["body"]), "body": decode(row["body"], None)}
-    show_one(options, row)
+    return row | {"body": decode(row["body"], None)}
 
 
 def rejected_row(store: Store, identifier: str) -> Row:
-    rows = store.rows("SELECT * FROM rejected WHERE id = ?", [number_of(identifier)])
-    return one_of(rows, f"rejected post {identifier}", "inbound rejected")
+    return one_of(store.rows("""SELECT *, length(body) AS size FROM rejected
+        WHERE id = ?""", [identifier]), f"rejected post {identifier!r}: see `inbound rejected`")
 
 
-@verb("rejected replay [ID] [--json]")
-def rejected_replay(options: Options, store: Store, identifier: str = "") -> None:
-    """Post kept bodies again, from inside; drop a row once all of it is stored."""
-    identifiers = [identifier] if identifier else [
-        str(row["id"]) for row in store.rows("SELECT id FROM rejected ORDER BY id")]
-    results = []
-    for each in identifiers:
-        row = rejected_row(store, each)
-        owner = [account for account in store.accounts() if account["id"] == row["email_account"]]
-        post = Post([*owner, *store.accounts()][0], store.own_addresses(), row["content_type"],
-                    row["body"], row["received_at"])
-        try:
-            answer = receive(store, post)[1]
-        except Refused as refusal:
-            answer = {"status": "refused", "reason": refusal.reason}
-        results.append({"id": row["id"], **answer})
-        outcomes = {item["status"] for item in answer.get("messages", [answer])}
-        if outcomes <= {"created", "appended", "duplicate"}:
-            store.write(delete_rejected, row["id"])
-    show_rows(options, results, "nothing was rejected")
+@verb
+def rejected_replay(store: Store, identifier: str = "") -> Any:
+    """inbound rejected replay [ID] [--json]
+
+    Post kept bodies again, from inside; drop a row once all of it is stored.
+    """
+    found = store.rows("SELECT id FROM rejected ORDER BY id")
+    identifiers = [identifier] if identifier else [row["id"] for row in found]
+    return [replay(store, each) for each in identifiers] or ([], "nothing was rejected")
 
 
-@verb("rejected delete ID [--json]")
-def rejected_delete(options: Options, store: Store, identifier: str) -> None:
-    """Delete a kept post."""
+def replay(store: Store, identifier: str) -> Row:
     row = rejected_row(store, identifier)
-    store.write(delete_rejected, row["id"])
-    show_one(options, {"id": row["id"], "reason": row["reason"]})
+    account = store.rows("""SELECT * FROM email_account
+        ORDER BY id = ? DESC, is_default DESC, id""", [row["email_account"]])[0]
+    post = Post(account, store.own_addresses(), row["content_type"], row["body"],
+                row["received_at"])
+    try:
+        answer = receive(store, post)[1]
+    except Refused as refusal:
+        answer = {"status": "refused", "reason": refusal.reason}
+    outcomes = {item["status"] for item in answer.get("messages", [answer])}
+    if outcomes <= {"created", "appended", "duplicate"}:
+        rejected_delete(store, row["id"])
+    return {"id": row["id"], **answer}
 
 
-def delete_rejected(db: DB, now: int, identifier: int) -> None:
-    db.execute("DELETE FROM rejected WHERE id = ?", [identifier])
+@verb
+def rejected_delete(store: Store, identifier: str) -> Any:
+    """inbound rejected delete ID [--json]
+
+    Delete a kept post.
+    """
+    row = rejected_row(store, identifier)
+    return store.write(run_one, """DELETE FROM rejected WHERE id = ?
+        RETURNING id, reason""", row["id"])[0]
 
 
 # -----------------------------------------------------------------------------------------
 # Command line: parsing and printing. Nothing that is printed drives a terminal.
 
-FIRST_VERBS = {"secret": "show", "account": "show", "outbox": "list", "rejected": "list"}
-
-
-def parse(argv: list[str]) -> tuple[str, Options, list[str]]:
-    """(verb, options, words behind it) of a command line; Usage when it means nothing."""
-    valued = {name for usage, _ in VERBS.values() for name in re.findall(r"--([\w-]+) ", usage)}
-    try:
-        given, words = getopt.gnu_getopt(argv, "h", [
-            "db=", "help", "json", "version", *(f"{name}=" for name in valued)])
-    except getopt.GetoptError as error:
-        raise Usage(f"{error}: see inbound --help") from None
-    known = {name.lstrip("-"): value for name, value in given}
-    if {"help", "h", "version"} & {*known} and not words:
-        return "version" if "version" in known else "help", Options(), []
-    for length in (2, 1):
-        name = " ".join(words[:length])
-        if name in VERBS:
-            break
-    else:
-        length, name = 1, " ".join([*words[:1], FIRST_VERBS.get(" ".join(words), "")]).strip()
-    if name not in VERBS:
-        typed = " ".join(words[:2])
-        raise Usage(f"there is no verb {typed!r}{nearest(typed, VERBS)}: see inbound --help")
-    usage, function = VERBS[name]
-    if {"help", "h"} & {*known}:
-        print(f"Usage: inbound {usage}\n\n{inspect.getdoc(function)}")
-        return "", Options(), []
-    db = known.pop("db", os.environ.get("INBOUND_DB") or "inbound.db")
-    accepted = {option: None if default.isupper() else default
-                for option, default in re.findall(r"--([\w-]+) ?([^\s\]]*)", usage)}
-    if strange := known.keys() - accepted:
-        raise Usage(f"--{min(strange)} means nothing here: inbound {usage}")
-    named = {option.replace("-", "_"): value for option, value in {**accepted, **known}.items()}
-    options = Options(**{"account": None, **named, "db": db, "json": "json" in known})
-    try:
-        inspect.signature(function).bind(options, None, *words[length:])
-    except TypeError:
-        raise Usage(f"too few or too many words: inbound {usage}") from None
-    return name, options, words[length:]
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(word, [*known], 1, 0.5)
-    return f"; did you mean {found[0]!r}" if found else ""
-
-
-def number_of(word: str) -> int:
-    if not re.fullmatch("[0-9]{1,18}", word):
-        raise Usage(f"{word!r} is no number")
-    return int(word)
-
-
-def seconds_of(text: str) -> int:
-    found = re.fullmatch("([0-9]{1,6})([smhd])", text)
-    if not found:
-        raise Usage(f"{text!r} is no time; expected a number and s, m, h or d, like 24h")
-    return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
-
-
-def show_one(options: Options, row: Row, text: str | None = None) -> None:
-    """Print a row: as JSON with --json, else `text` or a line a field."""
-    if text is None:
-        text = "\n".join(f"{name}={readable(name, value)}" for name, value in row.items())
-    if options.json:
-        text = json.dumps(row, ensure_ascii=False, indent=1)
-    text = text.replace("\r\n", "\n").rstrip("\n")
-    print(re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", "?", text))
-
-
-def show_rows(options: Options, rows: list[Row], nothing: str = "") -> None:
-    """Print rows: a JSON list, lines into a pipe, on a terminal a table cut to its width."""
-    if options.json:
-        print(json.dumps(rows, ensure_ascii=False, indent=1))
-        return
-    lines = [[one_line(readable(name, value)) for name, value in row.items()] for row in rows]
-    if rows and sys.stdout.isatty():
-        lines = [[name.upper() for name in rows[0]], *lines]
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        room = shutil.get_terminal_size().columns - 2 * len(widths)
-        while sum(widths) > room and max(widths) > 8:
-            widths[widths.index(max(widths))] -= 1
-        lines = [[cell[:width].ljust(width) for cell, width in zip(line, widths)]
-                 for line in lines]
-    print("\n".join("  ".join(line).rstrip() for line in lines) or nothing)
-
-
-def readable(name: str, value: Any) -> str:
-    if name.endswith(("_at", "_until")) and value:
-        return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(value))
-    return "" if value is None else str(value)
-
-
-def words_of(error: sqlite3.IntegrityError) -> str:
-    """Our words for a broken constraint: schema.sql names its CHECKs with sentences."""
-    kind, _, name = str(error).partition(" constraint failed: ")
-    return f"{name.rpartition('.')[2]} is another's already" if kind == "UNIQUE" else name or kind
+# What the first word of two means alone.
+ALONE = {"secret": "show", "account": "show", "outbox": "list", "rejected": "list"}
 
 
 def main(argv: list[str] | None = None, clock: Callable[[], float] = time.time) -> int:
@@ -3345,25 +3270,135 @@ def main(argv: list[str] | None = None, clock: Callable[[], float] = time.time) 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        name, options, words = parse(sys.argv[1:] if argv is None else argv)
-        if name in ("help", "version"):
-            print((__doc__ or "").strip() if name == "help" else f"inbound {VERSION}")
-        elif name:
-            with contextlib.closing(Store(options.db, clock, name == "serve")) as store:
-                if name not in ("serve", "relay"):      # `serve` opens when it listens
-                    store.open(create=False)
-                VERBS[name][1](options, store, *words)
+        given, words = parse(sys.argv[1:] if argv is None else argv)
+        if "version" in given:
+            print(f"inbound {VERSION}")
+        elif not given.keys() & {"help", "h"}:
+            run_verb(given, words, clock)
+        elif words:
+            print(f"Usage: {inspect.getdoc(VERBS[verb_of(words)[0]])}")
+        else:
+            print((__doc__ or "").strip())
         sys.stdout.flush()
-        return 0
     except BrokenPipeError:                     # `inbound tickets | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except sqlite3.IntegrityError as error:
+    except (Refused, Usage, OSError, UnicodeError, sqlite3.IntegrityError) as error:
         print(f"inbound: {words_of(error)}", file=sys.stderr)
-    except (Refused, Usage) as error:
-        print(f"inbound: {error}", file=sys.stderr)
         return 2 if isinstance(error, Usage) else 1
-    return 1
+    return 0
+
+
+def parse(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+    """(options as they were given, words) of a command line."""
+    usages = " ".join(map(usage_of, VERBS.values()))
+    valued = [f"{name}=" for name in re.findall("--([a-z-]+) ", f"--db {usages}")]
+    try:
+        given, words = getopt.gnu_getopt(argv, "h", ["help", "json", "version", *valued])
+    except getopt.GetoptError as error:
+        raise Usage(f"{error}: see inbound --help") from None
+    return {name.lstrip("-"): value for name, value in given}, words
+
+
+def usage_of(function: Verb) -> str:
+    """The first paragraph of its docstring, in one line."""
+    return " ".join((function.__doc__ or "").partition("\n\n")[0].split())
+
+
+def run_verb(given: dict[str, str], words: list[str], clock: Callable[[], float]) -> None:
+    """Call the verb and print what it returns."""
+    name, words = verb_of(words)
+    function = VERBS[name]
+    path = given.pop("db", "") or os.environ.get("INBOUND_DB") or "inbound.db"
+    is_json = "json" in given
+    try:
+        options = options_of(function, given, words)
+        with contextlib.closing(Store(path, clock, checkpoints=name == "serve")) as store:
+            if name not in ("serve", "relay"):      # `serve` opens when it listens
+                store.open(create=False)
+            result = function(store, *words, **options)
+    except Usage as error:
+        raise Usage(f"{error}: {usage_of(function)}") from None
+    if result is not None:
+        print_result(result, is_json)
+
+
+def verb_of(words: list[str]) -> tuple[str, list[str]]:
+    """(name of the verb, the words behind it)."""
+    name, *rest = words or [""]
+    if name in ALONE:
+        second, *rest = rest or [ALONE[name]]
+        name = f"{name} {second}"
+    if name not in VERBS:
+        raise Usage(f"there is no verb {name!r}{nearest(name, VERBS)}: see inbound --help")
+    return name, rest
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(word, known, 1, 0.5)
+    return f"; did you mean {found[0]!r}" if found else ""
+
+
+def options_of(function: Verb, given: dict[str, str], words: list[str]) -> Row:
+    """The options as the function takes them; Usage when it does not, or not these words."""
+    strange = given.keys() - re.findall("--([a-z-]+)", usage_of(function))
+    if strange:
+        raise Usage(f"--{min(strange)} means nothing here")
+    options: Row = {name.replace("-", "_"): given[name] for name in given if name != "json"}
+    for name in options.keys() & {"limit", "last"}:
+        if not re.fullmatch("[0-9]{1,18}", options[name]):
+            raise Usage(f"--{name} is a number")
+        options[name] = int(options[name]) or -1        # what SQLite calls no limit
+    try:
+        inspect.signature(function).bind(None, *words)
+    except TypeError as error:
+        raise Usage(str(error)) from None
+    return options
+
+
+def print_result(result: Any, is_json: bool) -> None:
+    """Print what a verb returned. Control characters do not reach the terminal."""
+    rows, text = result if isinstance(result, tuple) else (result, None)
+    if is_json:
+        text = json.dumps(rows, indent=1).replace("\x7f", r"\u007f")
+    elif isinstance(rows, list) and rows:
+        text = table_of(rows)
+    elif text is None:
+        text = "\n".join(map("=".join, readable(rows or {}).items()))
+    text = text.replace("\r\n", "\n").rstrip("\n")
+    print(re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", "?", text))
+
+
+def readable(row: Row) -> dict[str, str]:
+    """A row's values as text: times in UTC, NULL as nothing."""
+    shown = {}
+    for name, value in row.items():
+        if name.endswith(("_at", "_until")) and value:
+            value = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(value))
+        shown[name] = "" if value is None else str(value)
+    return shown
+
+
+def table_of(rows: list[Row]) -> str:
+    """A line a row; on a terminal below a header, in columns, the widest cut until it fits."""
+    lines = [[*map(one_line, readable(row).values())] for row in rows]
+    if sys.stdout.isatty():
+        lines.insert(0, [name.upper() for name in rows[0]])
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        room = shutil.get_terminal_size().columns - 2 * len(widths)
+        while sum(widths) > room and max(widths) > 8:
+            widths[widths.index(max(widths))] -= 1
+        for line in lines:
+            line[:] = [cell[:width].ljust(width) for cell, width in zip(line, widths)]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def words_of(error: Exception) -> str:
+    """Ours for a broken constraint: schema.sql names its CHECKs with sentences."""
+    kind, _, name = str(error).partition(" constraint failed: ")
+    if kind == "CHECK" or not isinstance(error, sqlite3.IntegrityError):
+        return name or kind
+    words = {"UNIQUE": "is another's already", "NOT NULL": "cannot be unset"}
+    return f"{str(error).rpartition('.')[2]} {words.get(kind, 'is a number')}"
 
 
 if __name__ == "__main__":
