@@ -3407,7 +3407,7 @@ def readable(row: Row) -> dict[str, str]:
 
 
 def table_of(rows: list[Row]) -> str:
-    """A line a row; on a terminal in columns with a header, the widest cut until all fit."""
+    """A line a row; on a terminal columns with a header, the widest cut until all fit."""
     lines = [[*map(one_line, readable(row).values())] for row in rows]
     if sys.stdout.isatty():
         lines.insert(0, [name.upper() for name in rows[0]])
