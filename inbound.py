@@ -2128,7 +2128,7 @@ def migrate(db: DB, path: str) -> bool:
 
 def version_of(db: DB, path: str) -> int:
     """The schema version of a file, 0 when it is empty; Refused when no step leads on from it."""
-    found = db.execute(VERSION, [APPLICATION_ID]).fetchone()
+    found = db.execute(WHOSE_FILE, [APPLICATION_ID]).fetchone()
     version: int = found["version"]
     if not found["is_ours"]:
         raise Refused(503, f"{path!r} is the database of another program")
@@ -2140,7 +2140,7 @@ def version_of(db: DB, path: str) -> int:
 
 
 # Only the last of the files that call themselves version 1 has this view; it is the released one.
-VERSION = """
+WHOSE_FILE = """
     SELECT NOT size OR application_id = ? AS is_ours,
         CASE WHEN NOT size THEN 0 WHEN user_version > 1 OR view THEN user_version ELSE -1 END
             AS version
@@ -2439,17 +2439,17 @@ def rehearse(db: DB, now: int) -> None:
 
 
 # -----------------------------------------------------------------------------------------
-# Confirm: whether, and the mail itself. It goes to an address that anyone can forge: none of
-# the sender's words are in it, and there are caps, counted in the transaction that stores it.
+# Confirm: whether, and the mail itself. It goes to an address that anyone can forge: none
+# of the sender's words are in it, and caps are counted in the transaction that stores it.
 
 LABEL = "(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
 DELIVERABLE = re.compile(
     r"(?=.{3,254}$)(?!.*=\?)[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]{1,64}"
     rf"@(?:{LABEL}\.)+(?![0-9]){LABEL}")
-# An id that may stand in a header of ours: printable ASCII but < and >, no encoded-word, and
-# none that we made up for a mail without one.
+# An id that may stand in a header of ours: printable ASCII but < and >, no encoded-word,
+# and not made up by us for a mail without one.
 OWN_ID = re.compile(
-    r"(?!.*=\?)<[!-;=?-~]{1,%d}(?<!@missing\.invalid)>" % (MAX_OWN_ID - 2))
+    rf"(?!.*=\?)<[!-;=?-~]{{1,{MAX_OWN_ID - 2}}}(?<!@missing\.invalid)>")
 # (column of email_account, seconds, column of outbox that is counted by)
 CAPS = (
     ("confirmations_per_address_hour", 3600, "mailbox"),
@@ -2457,13 +2457,14 @@ CAPS = (
     ("confirmations_per_domain_hour", 3600, "domain"),
     ("confirmations_per_hour", 3600, "email_account"))
 # Where so many people have their mailboxes that a domain says nothing.
-LARGE_PROVIDERS = frozenset((
-    "126.com 163.com aol.com att.net bluewin.ch btinternet.com comcast.net daum.net fastmail.com "
-    "free.fr freenet.de gmail.com gmx.at gmx.ch gmx.de gmx.net googlemail.com hanmail.net "
-    "hotmail.com icloud.com laposte.net libero.it live.com mac.com mail.com mail.ru me.com msn.com "
-    "naver.com orange.fr outlook.com proton.me protonmail.com qq.com rediffmail.com sbcglobal.net "
-    "seznam.cz t-online.de verizon.net web.de wp.pl yahoo.co.jp yahoo.com yandex.ru ymail.com "
-    "zoho.com").split())
+LARGE_PROVIDERS = frozenset(re.findall(
+    r"\S+",
+    "126.com 163.com aol.com att.net bluewin.ch btinternet.com comcast.net daum.net "
+    "fastmail.com free.fr freenet.de gmail.com gmx.at gmx.ch gmx.de gmx.net googlemail.com "
+    "hanmail.net hotmail.com icloud.com laposte.net libero.it live.com mac.com mail.com "
+    "mail.ru me.com msn.com naver.com orange.fr outlook.com proton.me protonmail.com "
+    "qq.com rediffmail.com sbcglobal.net seznam.cz t-online.de verizon.net web.de wp.pl "
+    "yahoo.co.jp yahoo.com yandex.ru ymail.com zoho.com"))
 # RFC 3834 3.1.7: auto-replied. Precedence: vacation(1) and Dovecot look for it.
 AUTOMATIC = {
     "Auto-Submitted": "auto-replied",
@@ -2473,7 +2474,7 @@ AUTOMATIC = {
 
 def confirm(db: DB, now: int, post: Post, ticket: Row, message: Message,
             withheld: str) -> tuple[Draft | None, str]:
-    """Return (draft, reason) of a new ticket's confirmation; no draft when a rule forbids it."""
+    """Return (draft, reason) of a new ticket's confirmation; no draft if a rule forbids."""
     withheld = withheld or reason_to_withhold(db, now, post, message)
     if withheld:
         return None, f"confirmation withheld: {withheld}"
@@ -2490,7 +2491,7 @@ def confirm(db: DB, now: int, post: Post, ticket: Row, message: Message,
 
 
 def reason_to_withhold(db: DB, now: int, post: Post, message: Message) -> str:
-    """Why a person's new ticket is not confirmed, signs on the mail apart; "" when it may be."""
+    """Why a new ticket is not confirmed, signs on the mail apart; "" = it may be."""
     recipient = deliverable(message.from_address)
     mailbox = mailbox_key(recipient or message.from_address)
     if mailbox in map(mailbox_key, post.own_addresses):
@@ -2498,7 +2499,9 @@ def reason_to_withhold(db: DB, now: int, post: Post, message: Message) -> str:
     if message.from_count > 1 or not recipient:
         return "From is not one address that we write to (RFC 3834 3.1.3)"
     counted = {
-        "mailbox": mailbox, "domain": domain_key(mailbox), "email_account": post.account["id"]}
+        "mailbox": mailbox,
+        "domain": domain_key(mailbox),
+        "email_account": post.account["id"]}
     for cap, seconds, column in CAPS:
         # Until now: what a clock that was wrong dated into the future does not count.
         sent = db.execute(f"""SELECT count(*) AS n FROM outbox WHERE {column} = ?
@@ -2510,7 +2513,7 @@ def reason_to_withhold(db: DB, now: int, post: Post, message: Message) -> str:
 
 
 def domain_key(mailbox: str) -> str:
-    """Whose domain it is, sub-domains taken off: two labels, or three as in example.co.uk."""
+    """Whose domain it is, without sub-domains: two labels, or three as in example.co.uk."""
     is_shared = re.search(
         r"\.(?:com?|org|net|gov|edu|ac|or|ne|go|gob|gv|nom)\.[^.]{2}$", mailbox)
     labels = mailbox.rpartition("@")[2].split(".")
@@ -2520,14 +2523,15 @@ def domain_key(mailbox: str) -> str:
 def deliverable(address: str) -> str:
     """The address as it goes on the wire, ASCII; "" for what we do not write to.
 
-    We do not write to quoted local parts, address literals, non-ASCII local parts (they need
-    SMTPUTF8) or encoded words (EmailMessage would decode them).
+    We do not write to quoted local parts, address literals, non-ASCII local parts (they
+    need SMTPUTF8) or encoded words (mail programs would decode them).
     """
     local, _, domain = address.rpartition("@")
     if not domain.isascii():
         try:
             wire = domain.lower()[:254].encode("idna")
-            # The codec is IDNA 2003: what it maps to another name (ß to ss) may be another's.
+            # The codec is IDNA 2003: what it maps to another name (ß to ss) may be
+            # another's.
             is_same = wire.decode("idna") == domain.lower()
         except UnicodeError:
             return ""
@@ -2558,7 +2562,9 @@ def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, s
             "Date": email.utils.formatdate(now),
             # 128 random bits; the message row, not the id, says which ticket.
             "Message-ID": f"<{secrets.token_hex(16)}@{ours.rpartition('@')[2].lower()}>",
-            "In-Reply-To": "".join(parents), "References": " ".join(known), **extra}.items():
+            "In-Reply-To": "".join(parents),
+            "References": " ".join(known),
+            **extra}.items():
         if value:
             mail[header] = value
     mail.set_content(text, cte="quoted-printable",
@@ -2566,16 +2572,17 @@ def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, s
     confirmation_from = account["confirmation_envelope_from"] or ""
     return Message(
         message_id=mail["Message-ID"], digest="", in_reply_to=parents, references=known,
-        from_address=ours, from_name=name, envelope_from=confirmation_from if extra else ours,
+        from_address=ours, from_name=name,
+        envelope_from=confirmation_from if extra else ours,
         to=[recipient], cc=[], subject=subject, text=text, html=None,
         headers=[[*pair] for pair in mail.items()]), safe_bytes(mail)
 
 
 class Verbatim(email.policy.Compat32):
-    """Headers stand as they are, ids one a line; an encoded subject is folded as RFC 2047 has it.
+    """Headers stand as they are, ids one a line; other than ASCII is made encoded-words.
 
-    The newer policy makes of a long In-Reply-To an encoded-word that threads nowhere, and of a
-    long quoted name with commas in From several mailboxes.
+    The newer policy makes of a long In-Reply-To an encoded-word that threads nowhere, and
+    of a long quoted name with commas in From several mailboxes.
     """
 
     def fold_binary(self, name: str, value: str) -> bytes:
@@ -2585,7 +2592,7 @@ class Verbatim(email.policy.Compat32):
 
 
 def safe_bytes(mail: email.message.EmailMessage) -> bytes:
-    """A mail of ours in bytes; Refused unless it parses to these headers and has clean lines."""
+    """A mail of ours in bytes; Refused unless these headers and clean lines result."""
     content = mail.as_bytes()
     if (email.message_from_bytes(content).keys() != mail.keys()
             or re.search(rb"[\0\x80-\xff]|[^\r]\n|\r[^\n]|[^\r\n]{999}", content)):
@@ -2594,7 +2601,7 @@ def safe_bytes(mail: email.message.EmailMessage) -> bytes:
 
 
 def send_later(db: DB, now: int, ticket: Row, draft: Draft, purpose: str) -> None:
-    """Store a drafted mail as message and outbox row; its bytes never change from here on."""
+    """Store a drafted mail as message and outbox row; its bytes never change any more."""
     message, content = draft
     mailbox = mailbox_key(message.to[0])
     insert(db, "outbox", message=insert_message(db, now, ticket, message, f"our {purpose}"),
@@ -2604,17 +2611,18 @@ def send_later(db: DB, now: int, ticket: Row, draft: Draft, purpose: str) -> Non
 
 
 # -----------------------------------------------------------------------------------------
-# Outbox: claim, deliver, settle. The states stand in schema.sql. A mail is sent when the relay
-# said 250 and that is committed: a crash between the two repeats it, with the same Message-ID,
-# and never loses it.
+# Outbox: claim, deliver, settle. The states stand in schema.sql. A mail is sent when the
+# relay said 250 and that is committed: a crash between the two repeats it, with the same
+# Message-ID, and never loses it.
 
 def claim(db: DB, now: int, account: Row) -> Any:
     """Lease the account's next due row for LEASE seconds; None if nothing is due."""
     values = {"now": now, "lease": now + LEASE, "far": now + 2 * MAX_WAIT, **account}
-    db.execute("""UPDATE outbox SET state = 'queued'
-        WHERE state = 'sending' AND next_attempt_at NOT BETWEEN :now + 1 AND :lease""", values)
-    db.execute("""UPDATE outbox SET state = 'failed', next_attempt_at = NULL, last_error =
-        'not delivered in 24 h; ' || iif(last_error = '', 'no smtp_host was set', last_error)
+    db.execute("""UPDATE outbox SET state = 'queued' WHERE state = 'sending'
+        AND next_attempt_at NOT BETWEEN :now + 1 AND :lease""", values)
+    db.execute("""UPDATE outbox SET state = 'failed', next_attempt_at = NULL,
+        last_error = 'not delivered in 24 h; '
+            || iif(last_error = '', 'no smtp_host was set', last_error)
         WHERE state = 'queued' AND give_up_at <= :now""", values)
     # What is due far later than we ever wait is due now: the clock was set back.
     return db.execute("""UPDATE outbox
@@ -2637,11 +2645,11 @@ def settle(db: DB, now: int, row: Row, state: str, error: str) -> None:
 
 
 def send_due(store: Store) -> Counter[str]:
-    """Deliver all that is due, a session for each account; return a Counter of the outcomes."""
+    """Deliver all that is due, a session for each account; return a Counter of outcomes."""
     outcomes: Counter[str] = Counter()
     for account in store.accounts():
         with contextlib.closing(Relay(account)) as relay:
-            while row := store.write(claim, account):   # nothing to claim: nothing is written
+            while row := store.write(claim, account):   # nothing due: nothing is written
                 state, error = relay.deliver(row)
                 outcomes[state] += 1
                 log.info("outbox %d to %s %s: %s", row["id"], row["recipient"], state,
@@ -2668,14 +2676,14 @@ def settle_for_sure(store: Store, row: Row, state: str, error: str) -> None:
 
 
 class Relay:
-    """An SMTP session with an account's relay, opened with the first mail, kept for a burst."""
+    """An SMTP session with an account's relay, opened with the first mail of a burst."""
 
     def __init__(self, account: Row):
         self.account = account
         self.smtp: Any = None
 
     def deliver(self, row: Row) -> tuple[str, str]:
-        """Return (state, error): sent, failed (5xx for this mail), queued (all that may pass).
+        """Return (state, error): sent, failed (5xx for it), queued (all that may pass).
 
         A session that cannot be used any more is closed: `smtp` is None again.
         """
@@ -2700,23 +2708,24 @@ class Relay:
         finally:
             watchdog.cancel()
         text = one_line(f"{code or ''} {decode(words, None)}")[:300]
-        # RFC 5321 4.2.1: 5yz is permanent, 4yz may pass; 3.8: after a 421 the session is over.
+        # RFC 5321 4.2.1: 5yz is permanent, 4yz may pass; 3.8: a 421 ends the session.
         if is_ready and code not in (0, 421):
             return "failed" if code >= 500 else "queued", text
-        # A wrong password is not this mail's fault: it waits for the admin, as for the network.
+        # A wrong password is not this mail's fault: it waits for the admin, or the network.
         self.close()
         return "queued", f"cannot use the relay {self.account['smtp_host']}: {text}"
 
     def connect(self) -> None:
-        """Open the session that the account's settings ask for. Certificates are verified."""
-        host, port, security, username, password = (self.account[f"smtp_{name}"] for name in (
-            "host", "port", "security", "username", "password"))
+        """Open the session that the account asks for. Certificates are verified."""
+        host, port, security, username, password = (
+            self.account[f"smtp_{name}"]
+            for name in ("host", "port", "security", "username", "password"))
         context = ssl.create_default_context()
-        # The name is for EHLO: smtplib would ask DNS for one, which may take longer than the
-        # delivery. Made before it connects, so that the watchdog finds the socket in it.
+        # The name is for EHLO: smtplib would ask DNS for one, which may take longer than
+        # the delivery. Made before it connects: the watchdog finds the socket in it.
         self.smtp = (TerseSMTPS if security == "tls" else TerseSMTP)(
             local_hostname=self.account["address"].rpartition("@")[2], timeout=DELIVERY)
-        self.smtp.context = context     # TLS from the start checks the certificate by it …
+        self.smtp.context = context     # `tls` checks the certificate by it …
         self.smtp._host = host          # … and both kinds check it against this name
         code, words = self.smtp.connect(
             host, port or {"none": 25, "starttls": 587, "tls": 465}[security])
@@ -2769,13 +2778,14 @@ GREETING = """A new database. Whoever posts mail has to know this secret:\n\n  {
 Paste this into your provider's inbound webhook, with your own https host name in it:\n
   {url}?secret={secret}\n\nTry it:\n
   curl -H 'X-Mobieus-Inbound-Secret: {secret}' -H 'Content-Type: application/json' {url} \\
-    -d '{{"from": "ada@example.org", "text": "It works.", "message_id": "<{id}@example.org>"}}'
+    -d '{{"from": "ada@example.org", "text": "It works.", \
+"message_id": "<{id}@example.org>"}}'
 """
 
 
 def run_server(listen: str, store: Store) -> None:
     """Answer at `listen` and send the outbox until SIGTERM or SIGINT."""
-    import waitress     # the only verb that needs it
+    import waitress  # the only verb that needs it
 
     logging.Formatter.converter = time.gmtime
     logging.basicConfig(format="%(asctime)sZ %(message)s", datefmt="%FT%T", level="INFO")
@@ -2787,14 +2797,16 @@ def run_server(listen: str, store: Store) -> None:
             asyncore_use_poll=True, max_request_body_size=MAX_BODY + 1)
     except (OSError, ValueError) as error:
         raise Refused(503, f"cannot listen on {listen!r}: {error}") from None
-    for number in (signal.SIGTERM, signal.SIGINT):  # SystemExit lets what is in flight finish
+    for number in (signal.SIGTERM, signal.SIGINT):  # SystemExit: what is in flight ends
         signal.signal(number, lambda *_: sys.exit(0))
     port = getattr(server, "effective_port", None) or server.effective_listen[0][1]
     stopping = threading.Event()
     courier = threading.Thread(target=run_courier, args=(store, stopping), daemon=True)
     try:
         # It listens before it opens: a taken port shall not use up the greeting.
-        text = GREETING if store.open() else "listening: {url} (`inbound secret` prints the secret)"
+        text = "listening: {url} (`inbound secret` prints the secret)"
+        if store.open():
+            text = GREETING
         courier.start()
         print(text.format(url=f"http://{listen.rpartition(':')[0]}:{port}{ENDPOINT}",
                           id=secrets.token_hex(8),
@@ -2804,12 +2816,12 @@ def run_server(listen: str, store: Store) -> None:
         stopping.set()
         store.has_mail.set()
         server.close()
-        if courier.is_alive():      # what it was sending then is sent again when its lease ends
+        if courier.is_alive():      # what it is sending is sent again when its lease ends
             courier.join(LOOK)
 
 
 def run_courier(store: Store, stopping: threading.Event) -> None:
-    """Send what is due until `stopping` is set: woken by a commit, and every LOOK seconds."""
+    """Send what is due until `stopping` is set: at a commit, and every LOOK seconds."""
     while not stopping.is_set():
         store.has_mail.clear()
         try:
@@ -2831,7 +2843,7 @@ VERBS: dict[str, Verb] = {}
 
 
 def verb(function: Verb) -> Verb:
-    """Register a verb. Its docstring is its help; the first paragraph of that is its usage."""
+    """Register a verb. Its docstring is its help, the first paragraph of that its usage."""
     VERBS[function.__name__.replace("_", " ")] = function
     return function
 
@@ -2935,7 +2947,8 @@ def account_add(store: Store, address: str) -> Any:
 
     Add an account, with a secret and so a URL of its own.
     """
-    return store.write(run_one, """INSERT INTO email_account (address, inbound_secret, queue)
+    return store.write(run_one, """INSERT INTO email_account
+        (address, inbound_secret, queue)
         SELECT ?, ?, id FROM queue ORDER BY is_default DESC, id LIMIT 1
         RETURNING address, inbound_secret""", address, new_secret())[0]
 
@@ -2951,7 +2964,7 @@ def account_set(store: Store, setting: str, *more: str, account: str = "") -> An
     for each in (setting, *more):
         name, equals, value = each.partition("=")
         if not equals or name not in known:
-            raise Usage(f"{name!r} is no setting{nearest(name, known)}: expected KEY=VALUE, "
+            raise Usage(f"{name!r} is no setting{nearest(name, known)}: expected KEY=VALUE "
                         f"with a KEY of {', '.join(known)}")
         values[name] = value or None
     if "queue" in values:       # a name that is new makes a queue
@@ -2974,8 +2987,10 @@ def tickets(store: Store, status: str = "open", *, search: str = "", limit: int 
     if status not in ("open", "closed", "all"):
         raise Usage(f"{status!r} is no status")
     asked = {
-        "status": status, "words": json.dumps(search.split()), "limit": limit, "queue": None,
-        "from": None, "account": chosen_account(store, account)["id"] if account else None}
+        "status": status, "words": json.dumps(search.split()), "limit": limit,
+        "queue": None, "from": None, "account": None}
+    if account:
+        asked["account"] = chosen_account(store, account)["id"]
     return store.rows("""SELECT ticket.reference, queue.name AS queue, ticket.status,
         ticket.subject, ticket.requester,
         (SELECT count(*) FROM message WHERE message.ticket = ticket.id) AS messages,
@@ -3006,8 +3021,9 @@ def show(store: Store, reference: str, *, last: int = -1) -> Any:
     for message in messages:
         for name in ("references", "to", "cc", "headers", "notes"):
             message[name] = json.loads(message[name])
-        message["attachments"] = store.rows("""SELECT id, filename, content_type, content_id,
-            size, sha256, note FROM attachment WHERE message = ?""", [message.pop("id")])
+        message["attachments"] = store.rows("""SELECT id, filename, content_type,
+            content_id, size, sha256, note FROM attachment WHERE message = ?
+            ORDER BY id""", [message.pop("id")])
         text += text_of_message(message)
     names = ("reference", "queue", "status", "subject", "requester")
     return {name: ticket[name] for name in names} | {"messages": messages}, text
@@ -3020,13 +3036,13 @@ def ticket_of(store: Store, reference: str) -> Row:
 
 
 def text_of_message(message: Row) -> str:
-    text = "\n--- {direction} {received_at} {from_name} <{from}> {kind}\n    {reason}\n".format(
-        **readable(message))
+    head = "\n--- {direction} {received_at} {from_name} <{from}> {kind}\n    {reason}\n"
+    line = "    attachment {id}: {filename} ({content_type}, {size} bytes) {note}\n"
+    text = head.format(**readable(message))
     for note in message["notes"]:
         text += f"    note: {note}\n"
     for each in message["attachments"]:
-        text += "    attachment {id}: {filename} ({content_type}, {size} bytes) {note}\n".format(
-            **each)
+        text += line.format(**each)
     return f"{text}\n{message['text'].rstrip()}\n"
 
 
@@ -3067,7 +3083,8 @@ def reply(store: Store, reference: str, *, to: str = "") -> Any:
     author, [recipient] = parent["from_address"], draft[0].to
     if mailbox_key(author) != mailbox_key(recipient):
         print(f"inbound: {author} wrote last, this goes to {recipient}", file=sys.stderr)
-    return {"reference": ticket["reference"], "to": recipient, "message_id": draft[0].message_id}
+    message_id = draft[0].message_id
+    return {"reference": ticket["reference"], "to": recipient, "message_id": message_id}
 
 
 @verb
@@ -3119,8 +3136,8 @@ def relay(store: Store, url: str, *, sender: str | None = None,
             code = 75           # somebody else's page
     except (OSError, ValueError, http.client.HTTPException) as error:
         # Without the name of the file, which might be a secret that was given in its place.
-        words = (f"{getattr(error, 'strerror', None) or error}: expected an http(s) URL, and "
-                 "the secret in $INBOUND_SECRET or --secret-file")
+        words = (f"{getattr(error, 'strerror', None) or error}: expected an http(s) URL, "
+                 "and the secret in $INBOUND_SECRET or --secret-file")
         code = 75
     print(words.strip(), file=sys.stderr if code else sys.stdout)
     raise SystemExit(code)
@@ -3128,7 +3145,7 @@ def relay(store: Store, url: str, *, sender: str | None = None,
 
 def post_to(url: str, mail: bytes, secret: str) -> tuple[int, str]:
     """POST a mail; return (HTTP status, answer)."""
-    opener = urllib.request.OpenerDirector()    # with no handler for redirects and for proxies
+    opener = urllib.request.OpenerDirector()    # has no handler for redirects and proxies
     for handler in (urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
                     urllib.request.UnknownHandler):
         opener.add_handler(handler())
@@ -3201,8 +3218,10 @@ def rejected_list(store: Store, *, limit: int = 500) -> Any:
 
     List posts that could not become a message, the latest last.
     """
-    return store.rows("""SELECT * FROM (SELECT id, received_at, status, reason, content_type,
-        length(body) AS size FROM rejected ORDER BY id DESC LIMIT ?) ORDER BY id""", [limit])
+    return store.rows("""SELECT * FROM (
+            SELECT id, received_at, status, reason, content_type, length(body) AS size
+            FROM rejected ORDER BY id DESC LIMIT ?)
+        ORDER BY id""", [limit])
 
 
 @verb
@@ -3216,8 +3235,9 @@ def rejected_show(store: Store, identifier: str) -> Any:
 
 
 def rejected_row(store: Store, identifier: str) -> Row:
-    return one_of(store.rows("""SELECT *, length(body) AS size FROM rejected
-        WHERE id = ?""", [identifier]), f"rejected post {identifier!r}: see `inbound rejected`")
+    rows = store.rows(
+        "SELECT *, length(body) AS size FROM rejected WHERE id = ?", [identifier])
+    return one_of(rows, f"rejected post {identifier!r}: see `inbound rejected`")
 
 
 @verb
@@ -3339,7 +3359,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def options_of(function: Verb, given: dict[str, str], words: list[str]) -> Row:
-    """The options as the function takes them; Usage when it does not, or not these words."""
+    """The options as the function takes them; Usage if it does not, or not these words."""
     strange = given.keys() - re.findall("--([a-z-]+)", usage_of(function))
     if strange:
         raise Usage(f"--{min(strange)} means nothing here")
@@ -3379,7 +3399,7 @@ def readable(row: Row) -> dict[str, str]:
 
 
 def table_of(rows: list[Row]) -> str:
-    """A line a row; on a terminal below a header, in columns, the widest cut until it fits."""
+    """A line a row; on a terminal columns with a header, the widest cut until all fit."""
     lines = [[*map(one_line, readable(row).values())] for row in rows]
     if sys.stdout.isatty():
         lines.insert(0, [name.upper() for name in rows[0]])
