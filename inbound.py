@@ -524,15 +524,11 @@ def read(post: Post, own_providers: Callable[[], list[tuple[str, Row]]]) -> Read
     fields = fields_of(post.content_type, post.body)
     if isinstance(fields, bytes):
         return Reading("raw", [fields], mail_of_mime)
-    cut, is_object = fields.cut, fields.is_object
-    inner = json_in(fields.get("Message")) if "TopicArn" in fields else None
-    if inner and isinstance(inner, dict):       # SNS: it is inside
-        fields = Fields(inner)
     provider = provider_of(fields, own_providers)
     if provider is None:
         if notice := notice_in(fields):
             return Reading("", [], notice=notice, is_kept="SubscribeURL" in fields)
-        if not is_object:
+        if not fields.is_object:
             raise Refused(400, "no provider known posts such a form, list or value; "
                                "expected a JSON object")
         if fields and not CANONICAL.keys() & fields.keys():
@@ -542,7 +538,7 @@ def read(post: Post, own_providers: Callable[[], list[tuple[str, Row]]]) -> Read
         provider = CANONICAL_BODY
     members = members_of(provider, fields) if provider.batch else [fields]
     return Reading(provider.name, members, functools.partial(mail_of, provider),
-                   is_batch=bool(provider.batch), cut=cut,
+                   is_batch=bool(provider.batch), cut=fields.cut,
                    notice=f"{provider.name} posted no mail")
 
 
@@ -555,10 +551,7 @@ def fields_of(content_type: str, body: bytes) -> Fields | bytes:
             raise Refused(400, f"the {kind} is empty; expected a mail")
         return body
     if kind == "multipart/form-data":
-        boundary = header.get_boundary() or ""
-        parts = split_parts(memoryview(body), boundary, MAX_FIELDS)
-        if not parts:
-            raise Refused(400, f"the body is not cut by its boundary {boundary!r}")
+        parts = split_parts(memoryview(body), header.get_boundary() or "", MAX_FIELDS)
         return form_of(parts, multipart_field)
     is_json = kind.endswith(("/json", "+json"))
     if not is_json and kind not in ("text/plain", FORM):
@@ -650,7 +643,9 @@ def parse_json(body: bytes) -> Fields:
         reason = f"the body is not JSON in UTF-8: {printable(str(error))[:200]}"
         raise Refused(400, reason) from None
     is_object = isinstance(value, dict)
-    fields = Fields(value if is_object else {"events": value})
+    if is_object and "TopicArn" in value:       # SNS: what was published is inside
+        value = json_in(value.get("Message")) or value
+    fields = Fields(value if isinstance(value, dict) else {"events": value})
     fields.is_object = is_object
     fields.cut = "" if within is text else f"more than {MAX_VALUES} values in the JSON"
     return fields
@@ -703,7 +698,7 @@ def at(value: Any, path: Any, missing: Any = None) -> Any:
         return next(filter(None, [at(value, each) for each in path]), missing)
     if path is None:
         return missing
-    for step in path.split(".") if path else ():
+    for step in filter(None, path.split(".")):
         if isinstance(value, str):
             value = json_in(value)
         if isinstance(value, list):
@@ -769,14 +764,14 @@ def mail_of_mime(content: bytes) -> Mail:
     return mail
 
 
+@dataclass
 class MimeReader:
     """One walk over a raw mail; `cut` names a bound of its budget that it went past."""
 
-    def __init__(self) -> None:
-        self.parts = MAX_PARTS
-        self.lines = MAX_HEADER_LINES
-        self.size = MAX_HEADER_BYTES
-        self.cut = ""
+    parts: int = MAX_PARTS              # how much is left
+    lines: int = MAX_HEADER_LINES
+    size: int = MAX_HEADER_BYTES
+    cut: str = ""
 
     def head_of(self, content: memoryview) -> tuple[Headers, memoryview]:
         """Headers, values with their folds, and body. Bytes that are no UTF-8 are surrogates."""
@@ -875,12 +870,11 @@ def transfer_decoded(fields: email.message.Message, content: memoryview) -> byte
     return bytes(content)
 
 
-def base64_decoded(content: memoryview) -> bytes:
-    """RFC 2045 6.8: what is no base64 does not count; an end that is missing is cut off."""
+def base64_decoded(content: bytes | memoryview) -> bytes:
+    """RFC 2045 6.8: what is no base64 does not count; an end that is missing is made up."""
     with contextlib.suppress(binascii.Error):
-        return binascii.a2b_base64(content)
-    letters = re.sub(rb"[^A-Za-z0-9+/]", b"", content)
-    return binascii.a2b_base64(letters[:len(letters) - (len(letters) % 4 == 1)] + b"===")
+        return binascii.a2b_base64(b"".join([content, b"==="]))
+    return binascii.a2b_base64(b"".join([content, b"A=="]))
 
 
 # -----------------------------------------------------------------------------------------
@@ -907,11 +901,11 @@ SPELLINGS = {name: tuple(words.split()) for name, words in {
     "html": "htmlbody rawhtmlbody htmlpart bodyhtml html body.html parseddata.htmlBody",
     "message_id": "messageid", "In-Reply-To": "inreplyto", "References": "references",
     "headers": "messageheaders customheaders headerlines headers parseddata.headers",
-    "verdict": "spamscore spamstatus spamreport.score spamassassinscore isspam "
-               "receipt.dmarcVerdict.status",
     "Date": "date sentatdate", "Reply-To": "replyto", "Auto-Submitted": "autosubmitted",
     "X-Postal-Bounce": "bounce",
 }.items()}
+VERDICT = ("spamscore", "spamstatus", "spamreport.score", "spamassassinscore", "isspam",
+           "receipt.dmarcVerdict.status")
 FILES = ("files", "attachments", "images", "inlines", "embeddedmedia", "parseddata.attachments")
 
 
@@ -1111,17 +1105,13 @@ def members_of(provider: Provider, post: Row) -> list[Any]:
     What is neither is left for `mail_of` to refuse, by itself.
     """
     items = at(post, provider.batch)
-    items = json_in(items) or items
+    if isinstance(items, str):
+        items = json_in(items)
     if not isinstance(items, list):
         raise Refused(400, f"{provider.batch} is no list of {provider.name}'s")
-    members = []
-    for item in items:
-        if isinstance(item, dict) and provider.member:
-            is_mail = at(item, "event") in (None, "inbound")
-            item = at(item, provider.member) if is_mail else None
-        if item is not None:
-            members.append(item)
-    return members
+    members = [at(item, provider.member, None if isinstance(item, dict) else item)
+               for item in items if at(item, "event") in (None, "inbound")]
+    return [member for member in members if member is not None]
 
 
 # What brings no mail: events, by their names; and what only says that there is a mail.
@@ -1153,24 +1143,26 @@ def notice_in(post: Row) -> str:
 
 def mail_of(provider: Provider, post: Any) -> Mail:
     """The canonical dict of a post whose fields live where `provider` says."""
-    found = at(post, provider.place, {})
-    if not isinstance(found, dict):
+    if not isinstance(post, dict):
         raise ValueError(f"a mail of the batch is {type(post).__name__}, expected an object")
-    known = spelled(found)
-    told: Mail = {"verdict": at(known, SPELLINGS["verdict"])}
+    known = spelled(at(post, provider.place))
+    raw = raw_mail_of(at(post, provider.raw))
+    if raw:
+        mail = mail_of_mime(raw)
+    else:
+        mail = {name: at(known, paths) for name, paths in SPELLINGS.items()}
+        mail["attachments"] = [file for name in FILES for file in items_of(
+            json_in(at(known, name)) or at(known, name)) if isinstance(file, dict)]
+        mail |= {name: at(post, path) for name, path in provider.fields.items()
+                 if name in CANONICAL}
+        if provider.mend:
+            provider.mend(post, mail)
+        if provider.place is not None and not any(mail.values()):
+            raise ValueError("nothing in it reads as a mail")
+    mail["verdict"] = at(known, VERDICT)
     if provider.envelope_from:
-        told["envelope"] = {"from": at(post, provider.envelope_from)}
-    if raw := raw_mail_of(at(post, provider.raw)):
-        return mail_of_mime(raw) | told
-    mail: Mail = {name: at(known, paths) for name, paths in SPELLINGS.items()}
-    mail["attachments"] = [file for name in FILES for file in items_of(
-        json_in(at(known, name)) or at(known, name)) if isinstance(file, dict)]
-    mail |= {name: at(post, path) for name, path in provider.fields.items()}
-    if provider.mend:
-        provider.mend(post, mail)
-    if provider.keys and provider is not CANONICAL_BODY and not any(mail.values()):
-        raise ValueError("nothing in it reads as a mail")
-    return mail | told
+        mail["envelope"] = {"from": at(post, provider.envelope_from)}
+    return mail
 
 
 def raw_mail_of(value: Any) -> bytes:
@@ -1179,19 +1171,22 @@ def raw_mail_of(value: Any) -> bytes:
     if not isinstance(content, bytes):
         return b""
     # No base64 has a colon, and no mail is without one.
-    return content if b":" in content[:2000] else base64_decoded(memoryview(content))
+    return content if b":" in content[:2000] else base64_decoded(content)
 
 
 # -----------------------------------------------------------------------------------------
 # Normalise: canonical dict → Message. Text is cleaned once, here, and trusted from here on.
 
 # Quoted local parts and address literals are stored, but never written to.
-ADDR_SPEC = re.compile(r'(?:[^\s<>()\[\],;:\\"@]+|"[^"\r\n]+")'
-                       r'@(?:[^\s<>()\[\],;:\\"@]+|\[[^\s\[\]<>]+\])|mailer-daemon', re.I)
-LONE_ADDR_SPEC = re.compile(r'[^@]*?([^\s<>()\[\],;:\\"\'@]+@[^\s<>()\[\],;:\\"\'@]+)[^@]*')
-QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
-NAME_ADDR = re.compile(r'((?:"(?:[^"\\]|\\.)*"|[^"<>])*)<([^<>]*)>\s*(?:\([^()]*\))?')
-MESSAGE_IDS = re.compile(r'<([^<>]+)>|([^\s<>,;"()]+)')
+ADDR_SPEC = (r'(?:[^\s<>()\[\],;:\\"@]+|"[^"\r\n]+")@(?:[^\s<>()\[\],;:\\"@]+|\[[^\s\[\]<>]+\])'
+             "|mailer-daemon")
+QUOTED = r'"(?:[^"\\]|\\.)*"'
+# Name <address>, or address (name). Providers post decoded names without their quotes: in
+# `Doe, John <j@example.org>` the comma is the name's, in `a@example.org, <b@example.org>` not.
+MAILBOX = re.compile(
+    rf'(?<![^>,;)])((?:{QUOTED}|[^"<>,])*|(?:{QUOTED}|[^"<>@])*)<\s*({ADDR_SPEC})\s*>(?:\s*\([^()]*\))?'
+    rf'|({ADDR_SPEC})(?:\s*\(([^()]*)\))?', re.I)
+MESSAGE_IDS = re.compile(r"""<([^<>]+)>|(?<![^\s<>,;"'()])([^\s<>,;"'()@]+@[^\s<>,;"'()]+)""")
 WORD = r"=\?[^?\s]+\?[bq]\?(?:[^=?]|=(?!\?[^=])|\?(?!=))*\?="     # ends before the next `=?`
 WORDS = re.compile(rf"{WORD}(?:\s*{WORD}){{0,99}}", re.I)       # decode_header is quadratic
 CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]+ ?")  # RFC 5322 2.2.3: a fold is a space
@@ -1209,17 +1204,15 @@ def normalise(mail: Mail, is_strict: bool) -> Message:
     faults: Faults = {}
     notes: list[str] = []
     fields = typed(mail, faults)
-    headers = headers_of(mail, fields["headers"], faults)
-    take_from_headers(fields, headers, is_strict)
-    if "envelope" not in mail and headers and headers[0][0].lower() == "return-path":
-        # As the last server wrote it: only the first header can be its, none below it.
-        fields["envelope"] = {"from": headers[0][1] or None}
-    headers = [[one_line(name), one_line(value)] for name, value in headers]
+    headers = [[one_line(name), one_line(value)]
+               for name, value in headers_of(mail, fields, is_strict, faults)]
     envelope_from = envelope_sender(fields["envelope"], faults)
     from_count, name, address = author_of(fields["from"], envelope_from, faults, notes)
     subject = one_line(fields["subject"]) or "(no subject)"
     text, markup = fields["text"], fields["html"]
-    attachments = attachments_of(fields["attachments"], faults)
+    attachments = [attachment_of(item) for item in fields["attachments"][:MAX_PARTS]]
+    if len(fields["attachments"]) > MAX_PARTS:
+        faults["other attachments"] = f"not kept, there are more than {MAX_PARTS}"
     digest = digest_of(address, subject, text, markup, attachments)
     message_id = message_id_of(fields["message_id"], digest, headers, faults)
     notes += [f"{name}: {fault}" for name, fault in faults.items()]
@@ -1280,22 +1273,23 @@ def mailbox_texts(value: Any) -> str:
     return ", ".join(filter(None, texts))
 
 
-def headers_of(mail: Mail, value: Any, faults: Faults) -> Headers:
-    """The headers of a mail, and what its provider posts beside the list that is not in it."""
-    headers = raw_headers_of(value, faults)
-    listed = {name.lower() for name, _ in headers}
-    return headers + raw_headers_of({
-        name: value for name, value in mail.items()
-        if value and name[:1].isupper() and name.lower() not in listed}, faults)
+def headers_of(mail: Mail, fields: Mail, is_strict: bool, faults: Faults) -> Headers:
+    """The headers as posted, with what stands beside them; they stand in for empty `fields`.
 
-
-def take_from_headers(fields: Mail, headers: Headers, is_strict: bool) -> None:
-    """Let headers stand in for fields; From, Subject and Message-ID not in the canonical body."""
+    From, Subject and Message-ID have to be fields of the canonical body (`is_strict`).
+    """
+    headers = raw_headers_of(fields["headers"], faults)
     first = {name.lower(): value for name, value in reversed(headers)}
+    headers += raw_headers_of({name: value for name, value in mail.items() if value and
+                               name[:1].isupper() and name.lower() not in first}, faults)
     for name in ("to", "cc") if is_strict else FROM_HEADERS:
         fields[name] = fields[name] or first.get(name, "")
     if not is_strict:
         fields["message_id"] = first.get("message-id") or fields["message_id"]
+    if "envelope" not in mail and headers and headers[0][0].lower() == "return-path":
+        # As the last server wrote it: only the first header can be its, none below it.
+        fields["envelope"] = {"from": headers[0][1] or None}
+    return headers
 
 
 def raw_headers_of(value: Any, faults: Faults) -> Headers:
@@ -1375,34 +1369,23 @@ def author_of(written: str, envelope_from: str | None, faults: Faults,
 def mailboxes_of(value: str) -> list[tuple[str, str]]:
     """[(name, addr-spec), …] of an address header (RFC 5322 3.4); [] where it is unclear.
 
-    Providers post decoded names without their quotes (`Doe, John <j@example.org>`), so one
-    address in brackets at the end is taken for what it looks like before email.utils is asked.
+    We do not use email.utils: `alice@example.org)bob@example.net` is Alice to some versions
+    (CVE-2023-27043). Here each @ that is not a name's has to be part of an address.
     """
     value = value[:MAX_ADDRESS_HEADER].replace("&lt;", "<").replace("&gt;", ">")
-    value = CONTROLS.sub(" ", value).strip()
-    pairs: list[tuple[str, str]] = []
-    found = NAME_ADDR.fullmatch(value)
-    if found and not re.search(",.*@|@.*,", QUOTED.sub("", found[1])):
-        name, value = found.groups()
-        pairs = [(re.sub(r'\\(.)|"', r"\1", name), value.strip())]
-    else:
-        with contextlib.suppress(ValueError, RecursionError, IndexError):
-            pairs = email.utils.getaddresses([value])
-    # The library makes `bb@bug.exampleBigBug` of an address with words behind it.
-    pairs = [(one_line(name), address) for name, address in pairs
-             if ADDR_SPEC.fullmatch(address) and address in value]
-    # `alice@example.org)bob@example.net` is Alice to some versions (CVE-2023-27043): each @
-    # that is not in quotes or a comment has to be part of one of the addresses.
-    bare = QUOTED.sub("", re.sub(r"\([^()]*\)", "", value))
-    if pairs and bare.count("@") == sum("@" in address for _, address in pairs):
-        return pairs
-    lone = LONE_ADDR_SPEC.fullmatch(value)
-    return [("", lone[1])] if lone else []
+    value = CONTROLS.sub(" ", value)
+    if "@" in MAILBOX.sub("", value):
+        return []
+    mailboxes = []
+    for name, address, bare, comment in MAILBOX.findall(value):
+        name = re.sub(r'\\(.)|"', r"\1", name).strip(" ,;") or comment
+        mailboxes.append((one_line(name), address or bare))
+    return mailboxes
 
 
 def addresses_of(value: Any) -> list[str]:
     """The addresses of To or Cc, for display."""
-    return [address for _, address in mailboxes_of(value)]
+    return [address for _, address in mailboxes_of(mailbox_texts(value))]
 
 
 def message_id_of(written: str, digest: str, headers: Headers, faults: Faults) -> str:
@@ -1421,31 +1404,17 @@ def ids_of(value: Any) -> list[str]:
     RFC 5322 3.6.4, and what is seen: lists, folding inside the brackets, `&lt;`, missing
     brackets. Of many, the first 20 and the last 80.
     """
-    if not value:
-        return []
     text = " ".join(text for text in items_of(value) if isinstance(text, str))
     text = clean(text).replace("&lt;", "<").replace("&gt;", ">")
-    ids = ["".join(bracketed.split()) or bare.strip("'")
-           for bracketed, bare in MESSAGE_IDS.findall(text) if bracketed or "@" in bare[1:-1]]
-    known = [f"<{each}>" for each in dict.fromkeys(ids) if each]
+    ids = dict.fromkeys("".join(bracketed.split()) or bare
+                        for bracketed, bare in MESSAGE_IDS.findall(text))
+    known = [f"<{each}>" for each in ids if each]
     return known[:FIRST_REFERENCES] + known[FIRST_REFERENCES:][-LAST_REFERENCES:]
 
 
-def attachments_of(items: list[Any], faults: Faults) -> list[Attachment]:
-    """The attachments of a list of objects, whatever a provider calls their fields."""
-    attachments = []
-    for item in items[:MAX_PARTS]:
-        if isinstance(item, dict):
-            attachments.append(attachment_of(spelled(item)))
-        else:
-            faults["attachments"] = f"expected objects in it, not {type(item).__name__}"
-    if len(items) > MAX_PARTS:
-        faults["other attachments"] = f"not kept, there are more than {MAX_PARTS}"
-    return attachments
-
-
-def attachment_of(item: Row) -> Attachment:
-    """The attachment of an object whose names are squeezed."""
+def attachment_of(posted: Any) -> Attachment:
+    """The attachment of an object, whatever its provider calls its fields."""
+    item = spelled(posted)
     name, kind, content_id = (one_line(str(at(item, names) or "")) for names in (
         ("filename", "name"), ("contenttype", "mimetype", "type"), ("contentid", "cid")))
     content, note = None, ""
