@@ -106,6 +106,7 @@ LAST_REFERENCES = 80        # … and from its end, where the parent stands
 THREADS = 12                # of the server
 BUSY_TIMEOUT = 2.0          # seconds one waits for SQLite's lock, then 503. SIGTERM leaves 5 s
 REFUSALS_SHOWN = 3600       # seconds for which /healthz warns of a refused secret
+HOPELESS = 60               # seconds without a successful write, then the server ends itself
 LEASE = 45                  # seconds a courier has a row, then it is anybody's again
 DELIVERY = 30               # seconds for one delivery in all, then it is tried again
 LOOK = 5                    # seconds between two looks at the outbox when nothing wakes us
@@ -225,7 +226,7 @@ ANSWER_HEADERS = {
     405: [("Allow", "GET, HEAD, POST")],
     503: [("Retry-After", "10")]}
 HEAVY_LOCK = threading.Lock()
-Answer = tuple[int, Row, "str | None"]      # status, JSON object, text that is sent in its place
+Answer = tuple[int, Row, "str | None"]      # status, JSON object, text in its place
 Start = Callable[..., Any]                  # WSGI's start_response
 Wsgi = Callable[[Row, Start], list[bytes]]
 
@@ -244,7 +245,8 @@ def make_app(store: Store) -> Wsgi:
                 content["fields"] = refusal.fields
         except Exception:
             log.exception("while answering")
-            status, content = 500, {"error": "unexpected: nothing was stored, send it again"}
+            status = 500
+            content = {"error": "unexpected: nothing was stored, send it again"}
         line = json.dumps(content)
         # Escaped and capped: nobody outside writes a line of this log.
         log.info("%d %sB %.0fms %s %s", status, environ.get("CONTENT_LENGTH") or 0,
@@ -261,7 +263,7 @@ def make_app(store: Store) -> Wsgi:
 
 
 def app(environ: Row, start_response: Start) -> list[bytes]:
-    """The WSGI application for other servers: database from $INBOUND_DB, made on first use."""
+    """The WSGI application for other servers: on $INBOUND_DB, which is made at need."""
     return app_of(os.environ.get("INBOUND_DB") or "inbound.db")(environ, start_response)
 
 
@@ -279,7 +281,7 @@ def respond(store: Store, environ: Row) -> Answer:
     path, method = environ.get("PATH_INFO", ""), environ["REQUEST_METHOD"]
     if path == "/healthz" and method in ("GET", "HEAD"):
         return health(store)
-    # As it was sent: servers make `//api` and `/api%2F` the same path, proxies' rules do not.
+    # As it was sent: `//api` and `/api%2F` are one path to servers, not to proxies' rules.
     sent = environ.get("REQUEST_URI") or environ.get("RAW_URI") or path
     is_plain = sent.partition("?")[0] == environ.get("SCRIPT_NAME", "") + path
     if path not in (ENDPOINT, ENDPOINT + "/") or not is_plain:
@@ -323,25 +325,27 @@ def receive(store: Store, post: Post) -> tuple[str, Row]:
         answers = store.write(file_post, post, filings, safe(post) if has_faults else post)
     except Refused as refusal:      # the value that it names may be the secret
         reason = starred(post.account, refusal.reason)
-        faults = {name: starred(post.account, fault) for name, fault in refusal.fields.items()}
         if refusal.status in (400, 415, 422):
             store.write(keep, safe(post), refusal.status, reason)
-        raise Refused(refusal.status, reason, faults) from None
+        raise Refused(refusal.status, reason, {
+            name: starred(post.account, fault)
+            for name, fault in refusal.fields.items()}) from None
     except Exception as error:
-        answers = store.write(file_post, post, [fault_of(error, post, reading.provider)], safe(post))
+        fault = fault_of(error, post, reading.provider)
+        answers = store.write(file_post, post, [fault], safe(post))
     if not answers:
         if reading.is_kept:
             store.write(keep, safe(post), 200, reading.notice)
         return reading.provider, {"status": "ignored", "reason": reading.notice}
     if any(answer["confirmation"] == "queued" for answer in answers):
         store.has_mail.set()
-    is_batch = reading.is_batch
-    return reading.provider, {"status": "batch", "messages": answers} if is_batch else answers[0]
+    batch = {"status": "batch", "messages": answers}
+    return reading.provider, batch if reading.is_batch else answers[0]
 
 
 @contextlib.contextmanager
 def one_heavy_at_a_time(body: bytes) -> Iterator[None]:
-    """Let one large post be understood and the others wait; Refused 503 when that takes long."""
+    """Let one large post be understood while others wait; Refused 503 after HEAVY_WAIT."""
     is_heavy = len(body) > HEAVY
     if is_heavy and not HEAVY_LOCK.acquire(timeout=HEAVY_WAIT):
         raise Refused(503, "too many large messages at once: send it again")
@@ -356,7 +360,7 @@ def understand(reading: Reading, member: Any, post: Post) -> Filing | str:
     """Normalise and classify a member of a post; or say what a bug of ours made of it."""
     try:
         mail = reading.to_mail(member)
-        if reading.cut and member is reading.members[-1]:       # whatever is missing, is at the end
+        if reading.cut and member is reading.members[-1]:   # what is missing is at the end
             kept = safe(post)
             mail["whole"] = (reading.cut, "post", kept.content_type, kept.body)
         message = normalise(mail, is_strict=reading.provider == "canonical")
@@ -369,13 +373,13 @@ def understand(reading: Reading, member: Any, post: Post) -> Filing | str:
 
 
 def fault_of(error: Exception, post: Post, where: str) -> str:
-    """What is kept of an unexpected error: enough to look for, too little to leak a mail."""
+    """What is kept of an unexpected error: enough to look for, too little to leak mail."""
     words = printable(f"{type(error).__name__}: {error}"[:180])
     return starred(post.account, f"{words} ({where})")
 
 
 def health(store: Store) -> Answer:
-    """GET /healthz: 503 with reasons when mail is not taken or sent; the rest is a warning."""
+    """GET /healthz: 503 with reasons when mail is not taken or sent; else warnings."""
     try:
         store.write(rehearse)
         reasons, warnings = troubles(store)
@@ -402,7 +406,8 @@ TROUBLES = """
     FROM (SELECT 1 FROM rejected LIMIT 1000) HAVING count(*)
     UNION ALL SELECT 0, count(*) || ' mails could not be sent: run `inbound outbox`'
     FROM (SELECT 1 FROM outbox WHERE state = 'failed' LIMIT 1000) HAVING count(*)
-    UNION ALL SELECT 0, :refused || ' posts had a wrong secret in the last hour' WHERE :refused"""
+    UNION ALL SELECT 0, :refused || ' posts had a wrong secret in the last hour'
+    WHERE :refused"""
 
 
 def troubles(store: Store) -> tuple[list[str], list[str]]:
@@ -417,13 +422,14 @@ def troubles(store: Store) -> tuple[list[str], list[str]]:
 
 
 # -----------------------------------------------------------------------------------------
-# Authenticate: the first place that holds a secret decides, even when it is empty there. The
-# secrets of all accounts are compared, always, so that the time tells nothing. Of a
+# Authenticate: the first place that holds a secret decides, even when it is empty there.
+# The secrets of all accounts are compared, always, so that the time tells nothing. Of a
 # stranger's post nothing but header lines is looked at.
 
 SECRETS = """
     SELECT *, inbound_secret AS secret FROM email_account
-    UNION ALL SELECT *, previous_secret FROM email_account WHERE previous_secret_until > ?"""
+    UNION ALL SELECT *, previous_secret FROM email_account
+    WHERE previous_secret_until > ?"""
 
 
 def authenticate(store: Store, environ: Row) -> tuple[Post, bool]:
@@ -438,7 +444,7 @@ def authenticate(store: Store, environ: Row) -> tuple[Post, bool]:
     content_type, body = environ.get("CONTENT_TYPE", ""), b""
     presented = presented_secret(environ)
     by_body = presented is None
-    if presented is None:       # SocketLabs' may be in the body, of accounts that have its key
+    if presented is None:       # SocketLabs' may be in the body, where we have its key
         known = [account for account in known if account["validation_key"]]
         body = body_of(environ) if known else b""
         presented = secret_in(content_type, body, known)
@@ -446,7 +452,8 @@ def authenticate(store: Store, environ: Row) -> tuple[Post, bool]:
              if hmac.compare_digest(account["secret"].encode(), presented)]
     if not found:
         store.refusals.append((store.now(), environ.get("REMOTE_ADDR", "")))
-        raise Refused(401, "no right secret in X-Mobieus-Inbound-Secret, ?secret= or HTTP Basic")
+        raise Refused(
+            401, "no right secret in X-Mobieus-Inbound-Secret, ?secret= or HTTP Basic")
     if not by_body:
         body = body_of(environ)
     own_addresses = [account["address"] for account in accounts]
@@ -474,7 +481,7 @@ def presented_secret(environ: Row) -> bytes | None:
 
 
 def secret_in(content_type: str, body: bytes, known: list[Row]) -> bytes:
-    """`SecretKey` of a body; before it is parsed a known secret has to stand in its bytes."""
+    """`SecretKey` of a body; it is parsed only when a known secret stands in its bytes."""
     text = body.decode("latin-1")
     if any(spellings(account["secret"]).search(text) for account in known):
         with contextlib.suppress(Refused), one_heavy_at_a_time(body):
@@ -1564,10 +1571,10 @@ def with_link(text: str, link: str) -> str:
 
 
 # -----------------------------------------------------------------------------------------
-# Classify: one table, from the surest sign to the weakest; the first that holds decides. Only
-# the outermost headers count. What a sender writes in headers (`header`) is looked up apart
-# from what we know ourselves (`Sign`). No sign is ever a reason to drop a mail: it says who
-# is not answered, and where the mail goes.
+# Classify: one table, from the surest sign to the weakest; the first that holds decides.
+# Only the outermost headers count. What a sender writes in headers (`header`) is looked up
+# apart from what we know ourselves. No sign is ever a reason to drop a mail: it says who is
+# not answered, and where the mail goes.
 
 class Evidence:
     """What the signs look at, of a message."""
@@ -1577,7 +1584,7 @@ class Evidence:
         for name, value in message.headers:
             self.headers.setdefault(name.lower(), []).append(value[:2000])
         self.author = local_part(message.from_address) if message.from_count else ""
-        self.envelope_from = (message.envelope_from or "").lower()      # "" = null or unknown
+        self.envelope_from = (message.envelope_from or "").lower()  # "" = null or unknown
         self.sender = local_part(self.envelope_from)
         self.is_null = message.envelope_from == ""
         self.subject = message.subject[:2000]
@@ -1589,7 +1596,7 @@ class Evidence:
 
 
 Test = Callable[[Evidence], object]
-Sign = tuple[str, Test, str]        # kind, whether it holds, reason in words with the source
+Sign = tuple[str, Test, str]        # kind, whether it holds, reason with the source
 
 
 def keyword(value: str) -> str:
@@ -1631,8 +1638,8 @@ def any_of(*phrases: str) -> str:
 DAEMON = "mailer-daemon|mail-daemon|mdaemon"
 POSTMASTER = "post[-_.]?master"
 LIST_SENDER = any_of(
-    "owner-.+", ".+[-+]owner(?:[-+].*)?", ".+-request", ".+-bounces?", "bounces?(?:[+=-].*)?",
-    ".*noreply.*", "(?:.*[-_.+])?no[-_.]repl(?:y|ies).*")
+    "owner-.+", ".+[-+]owner(?:[-+].*)?", ".+-request", ".+-bounces?",
+    "bounces?(?:[+=-].*)?", ".*noreply.*", "(?:.*[-_.+])?no[-_.]repl(?:y|ies).*")
 is_daemon = re.compile(DAEMON).fullmatch
 is_postmaster = re.compile(POSTMASTER).fullmatch
 is_list_sender = re.compile(LIST_SENDER).fullmatch
@@ -1658,8 +1665,8 @@ is_vacation = re.compile(REPLY + any_of(
     r".* is out of the office(?:\.| until .*| ?\(returning.*)?"), re.I).fullmatch
 may_be_vacation = re.compile(REPLY + ".*" + any_of(
     "fuera de (?:la )?oficina", "fora do escritório", r"\bausência\b", r"\bausencia\b",
-    r"\bis out of (?:the )?office(?=\W*$)", r"\best absente?\b", "message d['’]absence",
-    r"\babwesend\b") + ".*", re.I).fullmatch
+    r"\bis out of (?:the )?office(?=\W*$| until\b)", r"\best absente?\b",
+    "message d['’]absence", r"\babwesend\b") + ".*", re.I).fullmatch
 is_bounce = re.compile(REPLY + ".*" + any_of(
     "undeliver", "returned mail", "failure notice", "unzustellbar", "non remis",
     "delivery (?:status notification|failure|has failed|incomplete)",
@@ -1667,11 +1674,17 @@ is_bounce = re.compile(REPLY + ".*" + any_of(
 is_spam = re.compile(
     r"\s*(?:(?:fail|spam|yes|true)\b.*|(?:[5-9]|\d\d+)(?:\.\d+)?\s*)", re.I).fullmatch
 
+LIST_HEADERS = (
+    "list-id list-post list-owner list-archive list-help list-subscribe mailing-list "
+    "x-beenthere x-mailman-version")
+BULK_HEADERS = (
+    "list-unsubscribe list-unsubscribe-post feedback-id x-campaignid x-csa-complaints")
 is_automatic = matching("auto-submitted", "(?!no$).+")
 is_refusal = matching("auto-submitted", ".*rejected.*", str)
 is_report = matching("content-type", "multipart/report.*", str)
 is_receipt = matching("content-type", "multipart/report.*disposition-notification.*", str)
-is_of_rules_agent = matching("x-ms-exchange-generated-message-source", "mailbox rules agent")
+is_of_rules_agent = matching(
+    "x-ms-exchange-generated-message-source", "mailbox rules agent")
 wants_no_answer = matching(
     "x-auto-response-suppress", r"(?:.*[,;\s])?(?:all|autoreply)(?:[,;\s].*)?", str)
 
@@ -1703,53 +1716,58 @@ SIGNS: tuple[Sign, ...] = (
     # RFC 3834 5: any keyword but "no" is automatic.
     header("auto-reply", "auto-submitted", "(?!(?:no|auto-generated|auto-notified)$).+",
            "Auto-Submitted (RFC 3834 5.2)"),
-    header("auto-reply", "x-autoreply x-auto-reply x-autorespond x-autoresponder x-autoresponse "
-           "x-autoreply-from x-mail-autoreply x-vacation", "(?!(?:no|false|0)$).+",
+    header("auto-reply", "x-autoreply x-auto-reply x-autorespond x-autoresponder "
+           "x-autoresponse x-autoreply-from x-mail-autoreply x-vacation",
+           "(?!(?:no|false|0)$).+",
            "an autoresponder's own header"),
     header("auto-reply", "precedence x-precedence preference", "auto_reply",
            "Precedence: auto_reply"),
-    header("auto-reply", "x-autogenerated", "reply", "X-Autogenerated: reply (Communigate)"),
-    header("auto-reply", "x-fc-machinegenerated", "true", "X-FC-MachineGenerated (FirstClass)"),
+    header("auto-reply", "x-autogenerated", "reply",
+           "X-Autogenerated: reply (Communigate)"),
+    header("auto-reply", "x-fc-machinegenerated", "true",
+           "X-FC-MachineGenerated (FirstClass)"),
     header("auto-reply", "x-post-messageclass", r"9\b.*|.*autoresponder.*",
            "X-POST-MessageClass (Mailtraq)", str),
-    header("auto-reply", "delivered-to", "autoresponder", "Delivered-To: Autoresponder (qmail)"),
-    header("auto-reply", "x-apple-action", "vacation.*", "X-Apple-Action: VACATION (iCloud)"),
+    header("auto-reply", "delivered-to", "autoresponder",
+           "Delivered-To: Autoresponder (qmail)"),
+    header("auto-reply", "x-apple-action", "vacation.*",
+           "X-Apple-Action: VACATION (iCloud)"),
     ("auto-reply", is_exchange_vacation, "Exchange's Mailbox Rules Agent"),
     # Alone the header may stand on what a rule forwarded for a person.
     ("auto-reply", lambda mail: "x-ms-exchange-inbox-rules-loop" in mail.headers and (
         wants_no_answer(mail) or is_automatic(mail)),
      "an Exchange rule's own mail, or one without answer"),
-    # RFC 3834 3.1.5 warns of it as proof; nine of fourteen vacation notices have nothing else.
-    ("auto-reply", lambda mail: is_vacation(mail.subject), "the subject of a vacation notice"),
+    # RFC 3834 3.1.5 warns of it as proof; nine of fourteen notices have nothing else.
+    ("auto-reply", lambda mail: is_vacation(mail.subject),
+     "the subject of a vacation notice"),
     ("bounce", lambda mail: is_daemon(mail.sender),
      "the envelope sender is a mailer daemon (RFC 3834 7)"),
     header("bounce", "x-postal-bounce", "true|1", "the provider takes it for a bounce"),
     ("bounce", lambda mail: "message/delivery-status" in mail.types and (
-        is_bounce_like(mail) or is_postmaster(mail.author)), "it carries a delivery status"),
+        is_bounce_like(mail) or is_postmaster(mail.author)),
+     "it carries a delivery status"),
     ("bounce", lambda mail: is_postmaster(mail.author) and is_bounce_like(mail),
      "postmaster, and a sign of a bounce"),
     ("bounce", lambda mail: (mail.is_null or not mail.author) and is_bounce(mail.subject),
      "from nobody, with the subject of a bounce"),
     header("machine", "auto-submitted", "auto-generated|auto-notified",
            "Auto-Submitted: nobody typed it (RFC 3834 5.1)"),
-    header("machine", "x-ms-exchange-generated-message-source", "(?!mailbox rules agent$).+",
-           "made by an Exchange agent"),
-    header("machine", "x-arf feedback-type", "(?!no$).+", "an abuse report (X-ARF, RFC 5965)"),
+    header("machine", "x-ms-exchange-generated-message-source",
+           "(?!mailbox rules agent$).+", "made by an Exchange agent"),
+    header("machine", "x-arf feedback-type", "(?!no$).+",
+           "an abuse report (X-ARF, RFC 5965)"),
     header("list", "precedence x-precedence", "list", "Precedence: list (RFC 3834 2)"),
-    header("list", "list-id list-post list-owner list-archive list-help list-subscribe "
-           "mailing-list x-beenthere x-mailman-version", ".*",
-           "a mailing list's header (RFC 2919, RFC 5230 4.6)"),
+    header("list", LIST_HEADERS, ".*", "a mailing list's header (RFC 2919, RFC 5230 4.6)"),
     header("bulk", "precedence x-precedence", r"(?:bulk|junk)\b.*",
            "Precedence: bulk or junk (RFC 3834 2)"),
-    header("bulk", "list-unsubscribe list-unsubscribe-post feedback-id x-campaignid "
-           "x-csa-complaints", ".*", "a mass mailing's header"),
-    # From here on it is a person's mail that is not to be confirmed, and the last one's that is.
+    header("bulk", BULK_HEADERS, ".*", "a mass mailing's header"),
+    # From here on it is a person's mail that is not confirmed; the last row's is.
     ("human", lambda mail: mail.is_null, "the envelope sender is null (RFC 3834 2)"),
     ("human", lambda mail: is_never_answered(mail.author),
      "From is an address that is never answered (RFC 3834 2, RFC 5230 4.6)"),
     ("human", lambda mail: is_list_sender(mail.sender),
      "the envelope sender is one that is never answered (RFC 3834 7)"),
-    # Not the envelope sender, which only the first header can tell; yet nobody writes it idly.
+    # Not the envelope sender, which only the first header tells; yet nobody writes it idly.
     header("human", "return-path", "<>", "Return-Path is null (RFC 3834 2)", str),
     ("human", lambda mail: is_bounce(mail.subject) and not mail.first("in-reply-to"),
      "the subject of a bounce"),
@@ -1757,8 +1775,8 @@ SIGNS: tuple[Sign, ...] = (
      "the subject may be a vacation notice's"),
     header("human", "x-loop x-auto-generated", "yes|true|hd-.*",
            "another helpdesk marks its mail so"),
-    header("human", "x-rt-loop-prevention x-roundup-loop x-otrs-loop x-hmxmroriginalrecipient",
-           ".*", "another helpdesk's own mail, or a complaint"),
+    header("human", "x-rt-loop-prevention x-roundup-loop x-otrs-loop "
+           "x-hmxmroriginalrecipient", ".*", "another helpdesk's own mail, or a complaint"),
     ("human", wants_no_answer,
      "X-Auto-Response-Suppress asks for none (MS-OXCMAIL 2.1.3.2.20)"),
     # Of these headers only the first can be our own server's.
@@ -1771,7 +1789,8 @@ SIGNS: tuple[Sign, ...] = (
     ("human", lambda mail: True, ""))
 
 
-def classify(message: Message, own_addresses: list[str], trusted: str) -> tuple[str, str, str]:
+def classify(message: Message, own_addresses: list[str],
+             trusted: str) -> tuple[str, str, str]:
     """Return (kind, reason, why it is not to be confirmed or ""), the latter two in words.
 
     `trusted` are the account's forwarders, addresses between commas.
@@ -1785,10 +1804,8 @@ def classify(message: Message, own_addresses: list[str], trusted: str) -> tuple[
 
 
 # name → word that is taken off; "" = whatever it says.
-LIST_STAMPS = dict.fromkeys((
-    "list-id list-post list-owner list-archive list-help list-subscribe list-unsubscribe "
-    "list-unsubscribe-post mailing-list x-beenthere x-mailman-version feedback-id x-campaignid "
-    "x-csa-complaints").split(), "") | {"precedence": "list", "x-precedence": "list"}
+LIST_STAMPS = dict.fromkeys(f"{LIST_HEADERS} {BULK_HEADERS}".split(), "") | {
+    "precedence": "list", "x-precedence": "list"}
 FORWARDER_STAMPS = LIST_STAMPS | {
     "x-ms-exchange-inbox-rules-loop": "",
     "x-ms-exchange-generated-message-source": "",
@@ -1804,7 +1821,7 @@ def take_off_stamps(mail: Evidence, own_addresses: list[str], trusted: str) -> N
     """
     forwarders = set(re.findall(r"[^\s,]+", trusted.lower()))
     ours = forwarders.union(map(str.lower, own_addresses))
-    ours |= {address.replace("@", ".") for address in ours}     # List-Id: <support.example.org>
+    ours |= {address.replace("@", ".") for address in ours}     # <help.example.org>
     if mail.envelope_from in forwarders or names_one_of(mail, FORWARDER_MARKS, forwarders):
         stamps = FORWARDER_STAMPS
     elif names_one_of(mail, LIST_STAMPS, ours):
@@ -1821,7 +1838,7 @@ def take_off_stamps(mail: Evidence, own_addresses: list[str], trusted: str) -> N
 
 
 def names_one_of(mail: Evidence, names: Iterable[str], addresses: set[str]) -> bool:
-    """Whether one of the addresses stands in a header: in its <brackets> where it has any."""
+    """Whether an address stands in one of the headers, in <brackets> where it has any."""
     for name in names:
         for value in mail.headers.get(name, ()):
             words = re.findall("<(?:mailto:)?([^<>]*)>", value.lower())
@@ -1839,13 +1856,14 @@ def local_part(address: str) -> str:
 # requester alone.
 
 # In brackets of any width or none, and folded by mail programs between the halves.
-SUBJECT_TAG = re.compile(r"(?<![\w-])(T-)\s?([0-9A-Z]{4}-)\s?([0-9A-Z]{4})(?![\w-])", re.I | re.A)
+SUBJECT_TAG = re.compile(
+    r"(?<![\w-])(T-)\s?([0-9A-Z]{4}-)\s?([0-9A-Z]{4})(?![\w-])", re.I | re.A)
 RETURNED_ID = re.compile(
     r"^[> \t]*(?:x-)?(?:original-)?message-id:\s*(<[^<>\s]+>)", re.I | re.M)
 PLACES = ("In-Reply-To", "References", "Exchange's parent id", "the returned message")
-# The first id that we know; of its messages the one as written, then of its own requester, then
-# the liveliest. Servers change an id's case and lose a trailing dot, hence the second spelling.
-# CROSS JOIN: an index look-up for each id, never a scan.
+# The first id that we know; of its messages the one as written, then of its own requester,
+# then the liveliest. Servers change an id's case and lose a trailing dot, hence the second
+# spelling. CROSS JOIN: an index look-up for each id, never a scan.
 THREAD = """
     SELECT ticket.*, place.key AS place
     FROM json_each(?) AS place CROSS JOIN json_each(place.value) AS named CROSS JOIN message
@@ -1857,7 +1875,7 @@ THREAD = """
 
 
 def thread(db: DB, account: Row, message: Message, kind: str) -> tuple[Row | None, str]:
-    """Return (ticket row or None, reason). All ids count that this account received or sent."""
+    """Return (ticket row or None, reason). Every id that the account got or sent counts."""
     # RFC 5322 3.6.4: In-Reply-To names the parent, and so does the last of References.
     # RFC 3464 2, RFC 8098 3.2.5: reports and receipts carry the mail that came back.
     exchange = header_values(message.headers, "x-ms-exchange-parent-message-id")
@@ -1868,15 +1886,16 @@ def thread(db: DB, account: Row, message: Message, kind: str) -> tuple[Row | Non
     if ticket:
         return ticket, f"{PLACES[ticket['place']]} names a message of this ticket"
     for halves in SUBJECT_TAG.findall(message.subject)[:5]:
-        ticket = db.execute("SELECT * FROM ticket WHERE reference = ? AND email_account = ?", [
-            "".join(halves).upper(), account["id"]]).fetchone()
+        ticket = db.execute(
+            "SELECT * FROM ticket WHERE reference = ? AND email_account = ?",
+            ["".join(halves).upper(), account["id"]]).fetchone()
         if ticket and mailbox_key(ticket["requester"]) == mailbox_key(message.from_address):
             return ticket, "the requester wrote it with this ticket's tag in the subject"
     return None, "no id of a known message, so a new ticket"
 
 
 def returned_ids(message: Message) -> list[str]:
-    """Message-ids of what a report sends back: in its parts, or its text (a provider's JSON)."""
+    """Message-ids of what a report sends back: in its parts or (a provider's JSON) text."""
     return RETURNED_ID.findall(report_of(message))[:20]
 
 
@@ -1906,8 +1925,8 @@ def mailbox_key(address: str) -> str:
 # COMMIT returns and the file is still the one that stands at the path.
 #
 # WAL with synchronous=FULL: SQLite's defaults lose acknowledged rows on a power cut. Of a
-# process only the writer checkpoints: before 3.51.3 SQLite may corrupt a file that two do it
-# to at once.
+# process only the writer checkpoints: before 3.51.3 SQLite may corrupt a file that two do
+# it to at once.
 
 SCHEMA = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
 SCHEMA_VERSION, APPLICATION_ID = 2, 1768841828      # schema.sql's
@@ -1919,7 +1938,7 @@ sqlite3.register_adapter(list, json.dumps)      # lists stand in the file as JSO
 
 
 class Store:
-    """The database file at `path`; `clock` returns seconds UTC. Only who serves `checkpoints`."""
+    """The database file at `path`; `clock` returns seconds UTC; a server `checkpoints`."""
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time,
                  checkpoints: bool = True):
@@ -1932,7 +1951,7 @@ class Store:
         self._jobs: deque[tuple[Work, tuple[Any, ...], Future]] = deque()
         self._lock = threading.RLock()                  # of the writer and all below
         self._writer: DB | None = None
-        self._files: Row = {}                           # `files_at` the path when it was opened
+        self._files: Row = {}                           # `files_at` when it was opened
         self._locked_until = 0.0                        # monotonic
         self._reader_lock = threading.Lock()
         self._reader: DB | None = None
@@ -1940,14 +1959,15 @@ class Store:
     def open(self, create: bool = True) -> bool:
         """Make the file if there is none, migrate an old one; return whether it was made.
 
-        Refused when it is not ours, of no version that we know, or missing, if `create` is false
-        or it was there before.
+        Refused when it is not ours, of no version that we know, or missing: if `create` is
+        false or it was there before.
         """
         try:
             if not os.path.exists(self.path):
                 if self._was_open or not create:
-                    raise Refused(503, f"no database at {self.path!r}: `inbound serve` makes one; "
-                                       "--db FILE or $INBOUND_DB names another")
+                    raise Refused(
+                        503, f"no database at {self.path!r}: `inbound serve` makes one; "
+                        "--db FILE or $INBOUND_DB names another")
                 # Before SQLite does, so that its -wal and -shm get the same mode.
                 os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
             with contextlib.closing(self._connect()) as db:
@@ -1958,7 +1978,7 @@ class Store:
         return was_made
 
     def _connect(self) -> DB:
-        """A connection with our settings, which begins its transactions itself; rows are dicts."""
+        """A connection that begins no transaction by itself and whose rows are dicts."""
         db = sqlite3.connect(
             self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
         db.row_factory = lambda cursor, row: {
@@ -1993,9 +2013,9 @@ class Store:
                 for row in self.rows("SELECT name, fields FROM provider")]
 
     def write(self, work: Work, *args: Any) -> Any:
-        """Run `work(connection, now, *args)` in the next transaction; return its result, synced.
+        """Return the result of `work(connection, now, *args)` once it is synced.
 
-        What `work` raises is raised here and undone alone. Refused 503 if nothing was stored.
+        What it raises is raised here and undone alone. Refused 503 if nothing was stored.
         """
         future = Future()
         self._jobs.append((work, args, future))
@@ -2020,15 +2040,18 @@ class Store:
                 try:
                     results[future] = in_savepoint(writer, work, self.now(), *args)
                 except Exception as error:
-                    if not writer.in_transaction:       # a full disk ends the whole of it
+                    # A full disk ends all of it. What SQLite may not write it opens to
+                    # read, without a word, and tells so only here.
+                    if not writer.in_transaction or "readonly" in str(error):
                         raise
                     future.set_exception(error)
             writer.execute("COMMIT")
             self._refuse_if_replaced()
         except Exception as error:
-            # Never a second fsync on a descriptor whose first failed, and SQLite may have opened
-            # the file to read only without a word: the next write opens it anew.
+            # No second fsync on a descriptor whose first failed: the next write opens anew.
             self._close_writer()
+            if "readonly" in str(error):    # a process opens it so while one of it is open
+                self.close()
             if "locked" in str(error):
                 self._locked_until = time.monotonic() + 1
             while self._jobs:       # who waits behind us shares the fate
@@ -2041,7 +2064,7 @@ class Store:
                 future.set_result(result)
 
     def _begin(self) -> DB:
-        """The writer in a transaction. Where a lock just was nobody waits for it a second time."""
+        """The writer in a transaction. Nobody waits for a lock that was there just now."""
         is_new = self._writer is None
         if self._writer is None:
             self.open()
@@ -2054,17 +2077,17 @@ class Store:
         return self._writer
 
     def _refuse_if_replaced(self) -> None:
-        """Refused 503 when file or -wal is no longer the one that was opened; close both."""
+        """Refused 503, and all is closed, when file or -wal is not what was opened."""
         found = files_at(self.path)
         if found == self._files:
             return
         self.close()
         same = dict(found.items() & self._files.items())
         if "" not in same:
-            # SQLite leaves a -wal whose file is gone, and would read it into the one that is there.
+            # SQLite leaves a -wal whose file is gone, and would read it into the new one.
             for end in same:
                 os.replace(self.path + end, f"{self.path}{end}.of-the-replaced-file")
-        raise Refused(503, f"the database {self.path!r} was replaced or deleted while we served")
+        raise Refused(503, f"the database {self.path!r} was replaced or deleted in use")
 
     def _close_writer(self) -> None:
         if self._writer is not None:
@@ -2072,7 +2095,7 @@ class Store:
             self._writer = None
 
     def close(self) -> None:
-        """Close when nobody is at work: SQLite crashes where one is closed under a query."""
+        """Close when nobody is at work: SQLite crashes when closed under a query."""
         with self._lock, self._reader_lock:
             self._close_writer()
             if self._reader is not None:
@@ -2102,7 +2125,7 @@ def in_savepoint(db: DB, work: Work, *args: Any) -> Any:
 
 def migrate(db: DB, path: str) -> bool:
     """Bring the file to SCHEMA_VERSION in one transaction; return whether it was empty."""
-    if version_of(db, path) == SCHEMA_VERSION:      # without a lock: who only reads waits for none
+    if version_of(db, path) == SCHEMA_VERSION:  # no lock: who only reads waits for none
         return False
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA foreign_keys = OFF")
@@ -2116,23 +2139,24 @@ def migrate(db: DB, path: str) -> bool:
 
 
 def version_of(db: DB, path: str) -> int:
-    """The schema version of a file, 0 when it is empty; Refused when no step leads on from it."""
+    """The version of a file, 0 when it is empty; Refused when no step leads on from it."""
     found = db.execute(WHOSE_FILE, [APPLICATION_ID]).fetchone()
     version: int = found["version"]
     if not found["is_ours"]:
         raise Refused(503, f"{path!r} is the database of another program")
     if version > SCHEMA_VERSION:
-        raise Refused(503, f"{path!r} has the newer schema version {version}: update inbound")
+        raise Refused(
+            503, f"{path!r} has the newer schema version {version}: update inbound")
     if version < 0:
         raise Refused(503, f"{path!r} comes from no released version of inbound")
     return version
 
 
-# Only the last of the files that call themselves version 1 has this view; it is the released one.
+# Of what calls itself version 1 only the released one has this view.
 WHOSE_FILE = """
     SELECT NOT size OR application_id = ? AS is_ours,
-        CASE WHEN NOT size THEN 0 WHEN user_version > 1 OR view THEN user_version ELSE -1 END
-            AS version
+        CASE WHEN NOT size THEN 0 WHEN user_version > 1 OR view THEN user_version
+            ELSE -1 END AS version
     FROM pragma_application_id, pragma_user_version,
         (SELECT count(*) AS size, sum(name = 'valid_secret') AS view FROM sqlite_schema)"""
 
@@ -2156,8 +2180,8 @@ def from_version_1(db: DB) -> None:
     """Version 1 held tables of providers, signs and commands, and views that rendered text.
 
     All rows that people wrote and all settings are carried into tables made anew, so that
-    what stands in the file is what schema.sql says. An admin's own signs mean nothing any more;
-    they are kept to be read.
+    what stands in the file is what schema.sql says. An admin's own signs mean nothing any
+    more; they are kept to be read.
     """
     parts = db.execute("""SELECT name, type FROM sqlite_schema
         WHERE type <> 'table' AND sql IS NOT NULL""").fetchall()
@@ -2186,8 +2210,8 @@ OUT_OF_VERSION_1 = """
     ALTER TABLE rejected RENAME TO old_rejected;
     -- Of providers the first 21 were the program's own, of signs 42. Two may bear one name.
     CREATE TABLE old_provider AS
-        SELECT name || iif(count(*) OVER (PARTITION BY name) > 1, ' ' || id, '') AS name, fields
-        FROM provider WHERE id > 21 AND fields IS NOT NULL;
+        SELECT name || iif(count(*) OVER (PARTITION BY name) > 1, ' ' || id, '') AS name,
+            fields FROM provider WHERE id > 21 AND fields IS NOT NULL;
     CREATE TABLE sign_of_version_1 AS SELECT * FROM sign WHERE id > 42;
     DROP TABLE provider;
     DROP TABLE sign;
@@ -2196,26 +2220,29 @@ OUT_OF_VERSION_1 = """
 INTO_VERSION_2 = """
     DELETE FROM email_account;
     DELETE FROM queue WHERE name <> 'Automatic';
-    INSERT OR REPLACE INTO queue SELECT id, iif(trim(name) = '', 'Queue ' || id, name), is_default
-        FROM old_queue;
+    INSERT OR REPLACE INTO queue
+    SELECT id, iif(trim(name) = '', 'Queue ' || id, name), is_default FROM old_queue;
     INSERT INTO email_account (id, address, display_name, queue, is_default, inbound_secret,
-        previous_secret, previous_secret_until, validation_key, smtp_host, smtp_port, smtp_security,
-        smtp_username, smtp_password, confirmation_envelope_from, template,
-        confirmations_per_address_hour, confirmations_per_address_day, confirmations_per_hour,
-        trusted_forwarders)
+        previous_secret, previous_secret_until, validation_key, smtp_host, smtp_port,
+        smtp_security, smtp_username, smtp_password, confirmation_envelope_from, template,
+        confirmations_per_address_hour, confirmations_per_address_day,
+        confirmations_per_hour, trusted_forwarders)
     SELECT id, address, display_name, queue, is_default, inbound_secret,
-        previous_secret, previous_secret_until, validation_key, smtp_host, smtp_port, smtp_security,
-        smtp_username, smtp_password, confirmation_envelope_from,
+        previous_secret, previous_secret_until, validation_key, smtp_host, smtp_port,
+        smtp_security, smtp_username, smtp_password, confirmation_envelope_from,
         template || iif(instr(template, '{reference}'), '', '{reference}' || char(10)),
-        confirmations_per_address_hour, confirmations_per_address_day, confirmations_per_hour,
-        iif(trusted_forwarders LIKE '_%@_%', trusted_forwarders, NULL) FROM old_email_account;
+        confirmations_per_address_hour, confirmations_per_address_day,
+        confirmations_per_hour,
+        iif(trusted_forwarders LIKE '_%@_%', trusted_forwarders, NULL)
+    FROM old_email_account;
     INSERT INTO ticket SELECT * FROM old_ticket;
     INSERT INTO message SELECT * FROM old_message;
     INSERT INTO attachment SELECT * FROM old_attachment;
-    INSERT INTO outbox (id, message, email_account, purpose, recipient, mailbox, content, state,
-        attempts, created_at, next_attempt_at, give_up_at, last_error)
-    SELECT id, message, email_account, purpose, recipient, mailbox, content, state,
-        attempts, created_at, next_attempt_at, give_up_at, last_error FROM old_outbox;
+    INSERT INTO outbox (id, message, email_account, purpose, recipient, mailbox, content,
+        state, attempts, created_at, next_attempt_at, give_up_at, last_error)
+    SELECT id, message, email_account, purpose, recipient, mailbox, content,
+        state, attempts, created_at, next_attempt_at, give_up_at, last_error
+    FROM old_outbox;
     INSERT INTO rejected SELECT * FROM old_rejected;
     DROP TABLE old_queue;
     DROP TABLE old_email_account;
@@ -2225,11 +2252,11 @@ INTO_VERSION_2 = """
     DROP TABLE old_outbox;
     DROP TABLE old_rejected;
     """
-MIGRATIONS = {0: new_file, 1: from_version_1}       # user_version → what makes a later one of it
+MIGRATIONS = {0: new_file, 1: from_version_1}   # version → what makes a later one of it
 
 
 def new_secret() -> str:
-    """A random secret; none begins with a hyphen, which command lines take for an option."""
+    """A random secret. None begins with a hyphen: command lines take that for an option."""
     return secrets.choice("abcdefghijklmnopqrstuvwxyz") + secrets.token_urlsafe(24)
 
 
@@ -2237,8 +2264,9 @@ def new_secret() -> str:
 # File: what happens to one message inside the transaction, and what is kept of a post that
 # became none.
 
-def file_post(db: DB, now: int, post: Post, filings: list[Filing | str], kept: Post) -> list[Row]:
-    """Store each member of a post; of those that were not understood the post is `kept`, once."""
+def file_post(db: DB, now: int, post: Post, filings: list[Filing | str],
+              kept: Post) -> list[Row]:
+    """Store each member of a post; if one was not understood the post is `kept`, once."""
     answers: list[Row] = []
     faults: list[str] = []
     for filing in filings:
@@ -2252,8 +2280,9 @@ def file_post(db: DB, now: int, post: Post, filings: list[Filing | str], kept: P
                 raise
             fault, kept = fault_of(error, post, "filing"), safe(post)
         faults.append(fault)
-        answers.append({"status": "quarantined", "ticket": None, "message": None, "kind": None,
-                        "confirmation": None, "reason": f"kept: {fault}"})
+        answers.append({
+            "status": "quarantined", "ticket": None, "message": None, "kind": None,
+            "confirmation": None, "reason": f"kept: {fault}"})
     if faults:
         keep(db, now, kept, 200, "; ".join(dict.fromkeys(faults))[:2000])
     return answers
@@ -2269,14 +2298,17 @@ KNOWN = """
 def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
     """Thread, store and confirm one message; return the answer's object.
 
-    UNIQUE (email_account, message_id, digest) settles a repeat. It is asked for first, which
-    the writer's lock makes safe, so that a repeat writes nothing and costs no fsync.
+    UNIQUE (email_account, message_id, digest) settles a repeat. It is asked for first,
+    which the writer's lock makes safe: so a repeat writes nothing and costs no fsync.
     """
     account, message, kind = post.account, filing.message, filing.kind
-    known = db.execute(KNOWN, [account["id"], message.message_id, message.digest]).fetchone()
+    known = db.execute(KNOWN, [
+        account["id"], message.message_id, message.digest]).fetchone()
     if known and known["digest"] == message.digest:
-        return {"status": "duplicate", "ticket": known["reference"], "message": known["message"],
-                "kind": known["kind"], "confirmation": "not due", "reason": "stored before"}
+        return {
+            "status": "duplicate", "ticket": known["reference"],
+            "message": known["message"], "kind": known["kind"],
+            "confirmation": "not due", "reason": "stored before"}
     if known and known["direction"] == "out":
         ticket, found = known, "it bears the Message-ID of a mail of ours"
         message.notes.append(found)
@@ -2291,7 +2323,8 @@ def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
         draft, due = confirm(db, now, post, ticket, message, filing.withheld)
         confirmation = "queued" if draft else "withheld"
     reason = f"{filing.reason}; {found}; {due}"
-    row = insert_message(db, post.received_at or now, ticket, message, reason, kind, confirmation)
+    row = insert_message(
+        db, post.received_at or now, ticket, message, reason, kind, confirmation)
     if draft:
         send_later(db, now, ticket, draft, "confirmation")
     elif kind == "bounce":
@@ -2325,11 +2358,14 @@ def touch_ticket(db: DB, now: int, ticket: Row, message: Message, kind: str) -> 
     mailbox = mailbox_key(message.from_address)
     is_party = mailbox == mailbox_key(ticket["requester"]) or db.execute(
         """SELECT 1 FROM message JOIN outbox ON outbox.message = message.id
-        WHERE message.ticket = ? AND outbox.mailbox = ?""", [ticket["id"], mailbox]).fetchone()
+        WHERE message.ticket = ? AND outbox.mailbox = ?""",
+        [ticket["id"], mailbox]).fetchone()
     if not is_party and kind not in ("bounce", "auto-reply"):
-        message.notes.append(f"written by a stranger to this ticket: {message.from_address}")
-    db.execute("UPDATE ticket SET updated_at = ?, status = iif(?, 'open', status) WHERE id = ?", [
-        now, kind == "human" and bool(is_party), ticket["id"]])
+        message.notes.append(
+            f"written by a stranger to this ticket: {message.from_address}")
+    db.execute(
+        "UPDATE ticket SET updated_at = ?, status = iif(?, 'open', status) WHERE id = ?",
+        [now, kind == "human" and bool(is_party), ticket["id"]])
 
 
 def insert_message(db: DB, now: int, ticket: Row, message: Message, reason: str,
@@ -2348,12 +2384,13 @@ NEW_MESSAGE = """
         headers, kind, reason, confirmation, notes, received_at)
     VALUES (:id, :email_account, iif(:kind IS NULL, 'out', 'in'), :message_id, :digest,
         (SELECT group_concat(value, ' ') FROM json_each(:in_reply_to)),
-        :references, :from_address, :from_name, :envelope_from, :to, :cc, :subject, :text, :html,
-        :headers, :kind, :reason, :confirmation, :notes, :now)"""
+        :references, :from_address, :from_name, :envelope_from, :to, :cc, :subject, :text,
+        :html, :headers, :kind, :reason, :confirmation, :notes, :now)"""
 NEW_ATTACHMENT = """
-    INSERT INTO attachment (message, filename, content_type, content_id, size, sha256, content, note)
-    VALUES (:message, :filename, :content_type, :content_id, ifnull(length(:content), 0), :sha256,
-        :content, :note)"""
+    INSERT INTO attachment (message, filename, content_type, content_id, size, sha256,
+        content, note)
+    VALUES (:message, :filename, :content_type, :content_id, ifnull(length(:content), 0),
+        :sha256, :content, :note)"""
 
 
 def insert(db: DB, table: str, **row: Any) -> None:
@@ -2362,8 +2399,9 @@ def insert(db: DB, table: str, **row: Any) -> None:
     db.execute(f"INSERT INTO {table} ({columns}) VALUES ({marks})", [*row.values()])
 
 
-DELAYED = re.compile(r"delay|warning: (?:message|could not send)|still being retried|"
-                     r"not yet been delivered|temporar|verzögert|will (?:continue|retry)", re.I)
+DELAYED = re.compile(
+    "delay|warning: (?:message|could not send)|still being retried|not yet been delivered|"
+    "temporar|verzögert|will (?:continue|retry)", re.I)
 # RFC 3464 2.3.3; and what complains of a mail that did arrive (RFC 5965 3.1).
 NOT_FINAL = {"delayed", "delivered", "relayed", "expanded",
              "abuse", "fraud", "virus", "other"}
@@ -2375,10 +2413,15 @@ def fail_bounced(db: DB, account: Row, message: Message) -> None:
     Where no action is told, codes that may pass and words of a delay are not final either.
     """
     report = report_of(message)
-    codes = re.findall(r"(?<![\d.])(?:[245]\.\d{1,3}\.\d{1,3}|55\d)(?![\d.])", report)  # RFC 3463
+    codes = re.findall(         # RFC 3463
+        r"(?<![\d.])(?:[245]\.\d{1,3}\.\d{1,3}|55\d)(?![\d.])", report)
     actions = re.findall(r"^(?:action|feedback-type):\s*(\w+)", report.lower(), re.M)
-    is_passing = {code[0] for code in codes} == {"4"} and DELAYED.search(message.subject + report)
-    if NOT_FINAL.issuperset(actions) if actions else is_passing:
+    if actions:
+        is_final = not NOT_FINAL.issuperset(actions)
+    else:
+        is_final = {code[0] for code in codes} != {"4"} or not DELAYED.search(
+            message.subject + report)
+    if not is_final:
         return
     ids = [*returned_ids(message), *message.in_reply_to, *message.references]
     code = next((code for code in codes if code[0] == "5"), "no code")
@@ -2397,22 +2440,22 @@ def starred(account: Row, text: str) -> str:
 
 
 def safe(post: Post) -> Post:
-    """The post as it may be kept: without the secret. As Latin-1 each byte is a character."""
+    """The post as it may be kept, without the secret. As Latin-1 a byte is a character."""
     body = starred(post.account, post.body.decode("latin-1")).encode("latin-1")
     return replace(
         post, body=body, content_type=starred(post.account, clean(post.content_type)))
 
 
 def keep(db: DB, now: int, post: Post, status: int, reason: str) -> None:
-    """Keep a safe post that could not become a message; the same body again updates its row."""
+    """Keep a safe post that became no message; the same body again updates its row."""
     db.execute("""INSERT INTO rejected
             (received_at, email_account, status, reason, content_type, body, body_sha256)
         VALUES (?, ?, ?, ?, ?, ?, ?)
         ON CONFLICT (email_account, body_sha256) DO UPDATE SET tries = tries + 1,
             received_at = excluded.received_at, status = excluded.status,
             reason = excluded.reason""", [
-        post.received_at or now, post.account["id"], status, clean(reason), post.content_type,
-        post.body, hashlib.sha256(post.body).hexdigest()])
+        post.received_at or now, post.account["id"], status, clean(reason),
+        post.content_type, post.body, hashlib.sha256(post.body).hexdigest()])
 
 
 def rehearse(db: DB, now: int) -> None:
@@ -2810,16 +2853,57 @@ def run_server(listen: str, store: Store) -> None:
 
 
 def run_courier(store: Store, stopping: threading.Event) -> None:
-    """Send what is due until `stopping` is set: at a commit, and every LOOK seconds."""
+    """Send what is due until `stopping` is set: at a commit, and every LOOK seconds.
+
+    A thread for each account that has a relay: nobody waits for another's.
+    """
+    threads: dict[int, threading.Thread] = {}
     while not stopping.is_set():
         store.has_mail.clear()
-        try:
-            send_due(store)
-        except Refused as refusal:
-            log.error("courier: %s", printable(refusal.reason))
-        except Exception:
-            log.exception("the courier goes on after this")
+        with contextlib.suppress(Refused):      # said in the log by who tried to write
+            write_counts(store)
+            for account in store.accounts():
+                thread = threads.get(account["id"])
+                if thread is None or not thread.is_alive():
+                    thread = threading.Thread(target=deliver_for, args=(store, account),
+                                              daemon=True)
+                    threads[account["id"]] = thread
+                    thread.start()
+        # SQLite answers "locking protocol" for good after a failed unlock: start anew.
+        if store.failing_since and time.monotonic() - store.failing_since > HOPELESS:
+            log.critical("nothing could be written for %d s: ending, to be started again",
+                         HOPELESS)
+            os.kill(os.getpid(), signal.SIGTERM)
         store.has_mail.wait(LOOK)
+
+
+def deliver_for(store: Store, account: Row) -> None:
+    try:
+        send_for(store, account)
+    except Refused as refusal:
+        log.error("courier: %s", printable(refusal.reason))
+    except Exception:
+        log.exception("the courier goes on after this")
+
+
+def write_counts(store: Store) -> None:
+    """Keep what `doctor` shows of refused callers and of old secrets in use."""
+    refusals = [store.refusals.popleft() for _ in range(len(store.refusals))]
+    uses, store.uses_of_previous = store.uses_of_previous, {}
+    if refusals or uses:
+        store.write(add_counts, refusals, uses)
+
+
+def add_counts(db: DB, now: int, refusals: list[tuple[int, str]], uses: dict[int, int]) -> None:
+    for at, client in refusals:
+        db.execute("""INSERT INTO refused_caller (client, posts, last_at) VALUES (?, 1, ?)
+            ON CONFLICT (client) DO UPDATE SET posts = posts + 1, last_at = excluded.last_at""", [
+                client[:100], at])
+    db.execute("""DELETE FROM refused_caller WHERE client NOT IN (
+        SELECT client FROM refused_caller ORDER BY last_at DESC LIMIT 1000)""")
+    for account, at in uses.items():
+        db.execute("UPDATE email_account SET previous_secret_used_at = ? WHERE id = ?", [
+            at, account])
 
 
 # -----------------------------------------------------------------------------------------
@@ -3267,6 +3351,137 @@ def rejected_delete(store: Store, identifier: str) -> Any:
         RETURNING id, reason""", row["id"])[0]
 
 
+@verb
+def doctor(store: Store, *, url: str = "") -> Any:
+    """inbound doctor [--url URL] [--json]
+
+    Check everything; each line says ok or FAIL and what to do; exit 1 on any FAIL.
+
+    --url posts to the endpoint as providers see it, with no, a wrong and the right secret.
+    """
+    checks = [*checks_of(store), *checks_of_url(store, url)]
+    rows = [{"check": name, "is_ok": not fault, "words": fault} for name, fault in checks]
+    lines = [f"FAIL {name}: {fault}" if fault else f"ok   {name}" for name, fault in checks]
+    return rows, "\n".join(lines)
+
+
+def checks_of(store: Store) -> Iterator[tuple[str, str]]:
+    """(what is checked, what is wrong and what to do, or "")."""
+    _, content, _ = health(store)
+    for fault in [*content.get("reasons", []), *content.get("warnings", [])]:
+        yield "state", fault
+    is_mended = sqlite3.sqlite_version_info >= (3, 51, 3)
+    fix = "has" if is_mended else "lacks, as all before 3.51.3 but 3.50.7 and 3.44.6,"
+    yield f"SQLite {sqlite3.sqlite_version} {fix} the fix of the WAL-reset bug", ""
+    [found] = store.rows("PRAGMA quick_check(1)")
+    is_whole = found["quick_check"] == "ok"
+    yield "file", "" if is_whole else f"{found['quick_check']}: stop, restore a backup"
+    newest = store.rows("SELECT ifnull(max(received_at), 0) AS at FROM message")[0]["at"]
+    is_ahead = newest > store.now() + 60
+    yield "clock", "the newest message is of the future: set the clock" if is_ahead else ""
+    path = Path(store.path).resolve()
+    for file in sorted(path.parent.glob(path.name + "*")):
+        is_open = file.stat().st_mode & 0o077
+        fault = f"others may read everybody's mail: chmod 600 {file}" if is_open else ""
+        yield f"mode of {file.name}", fault
+    for name, paths in store.own_providers():
+        is_sound = {"from", "message_id"} <= paths.keys() <= CANONICAL
+        fault = "" if is_sound else "expected paths of from, message_id, and fields of a mail"
+        yield f"provider {name}", fault
+    for row in store.rows("""SELECT * FROM refused_caller WHERE last_at > ?
+            ORDER BY posts DESC LIMIT 5""", [store.now() - REFUSALS_SHOWN]):
+        fault = f"{row['posts']} posts with a wrong secret: if it is yours, give it the right"
+        yield f"caller {row['client']}", fault
+    for account in store.accounts():
+        yield from checks_of_account(store, account)
+
+
+def checks_of_account(store: Store, account: Row) -> Iterator[tuple[str, str]]:
+    address = account["address"]
+    is_weak = len({*(account["inbound_secret"] or "")}) < 8
+    fault = "unset or easily guessed: run `inbound secret rotate`" if is_weak else ""
+    yield f"secret of {address}", fault
+    if account["previous_secret_used_at"] and account["previous_secret_until"] > store.now():
+        yield f"previous secret of {address}", "still in use: paste the new URL everywhere"
+    if account["smtp_host"]:
+        fault = ""
+        with contextlib.closing(Relay(account)) as session:
+            try:
+                session.connect()
+            except (OSError, ValueError) as error:      # SMTPException is an OSError
+                fault = f"{printable(str(error))[:200]}: see `inbound account set smtp_…`"
+        yield f"relay of {address}", fault
+
+
+def checks_of_url(store: Store, url: str) -> Iterator[tuple[str, str]]:
+    """Whether posts are answered as they should be through whatever proxy stands before us."""
+    secret = store.accounts()[0]["inbound_secret"] or ""
+    for name, body, given, expected in (
+            ("no secret", b"", "", 401),
+            ("a wrong secret", b"", "w" * 32, 401),
+            ("the right secret and no mail", b"", secret, 400),
+            ("5 MB and a wrong secret", bytes(5 * 2**20), "w" * 32, 401)) if url else ():
+        try:
+            status, _ = post_to(url, body, given)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            status = printable(str(error))
+        fault = f"{status}, expected {expected}: see the proxy's rules and limits"
+        yield f"{url} with {name}", "" if status == expected else fault
+
+
+@verb
+def backup(store: Store, file: str) -> Any:
+    """inbound backup FILE [--json]
+
+    Write a whole copy of the live database to FILE: mode 0600, verified, then renamed.
+    """
+    part = Path(file + ".part")
+    try:
+        if os.path.realpath(file) == os.path.realpath(store.path):
+            raise OSError("that is the database itself")
+        os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600))
+        store.rows("VACUUM INTO ?", [str(part)])    # one read transaction: nobody waits
+        with contextlib.closing(sqlite3.connect(part)) as copy:
+            [words] = copy.execute("PRAGMA integrity_check(1)").fetchone()
+            [messages] = copy.execute("SELECT count(*) FROM message").fetchone()
+        if words != "ok":
+            raise OSError(f"the copy is not whole: {words}")
+        with open(part, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(part, file)
+    except (OSError, sqlite3.Error) as error:
+        raise Refused(503, f"no backup was made: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return {"file": file, "messages": messages}
+
+
+@verb
+def forget(store: Store, address: str) -> Any:
+    """inbound forget ADDRESS [--json]
+
+    Erase a person: their tickets, their messages elsewhere, outbox and rejected posts.
+    """
+    if "@" not in address:
+        raise Refused(400, f"{address!r} is no address: expected one like ada@example.org")
+    counts = store.write(erase, address)
+    print("inbound: backups hold it until they expire, the -wal file until it is written over "
+          "or the server stops", file=sys.stderr)
+    return counts
+
+
+def erase(db: DB, now: int, address: str) -> Row:
+    """Delete what a person wrote and what was written to them; secure_delete overwrites it."""
+    spelled = re.compile(spellings(address.lower()).pattern, re.I)
+    db.create_function("is_theirs", 1, lambda other: mailbox_key(other) == mailbox_key(address))
+    db.create_function("names_them", 1, lambda body: spelled.search(body) is not None)
+    return {name: db.execute(f"DELETE FROM {rows}").rowcount for name, rows in (
+        ("tickets", "ticket WHERE is_theirs(requester)"),
+        ("messages", "message WHERE is_theirs(from_address)"),
+        ("mails", "message WHERE id IN (SELECT message FROM outbox WHERE is_theirs(recipient))"),
+        ("rejected", "rejected WHERE names_them(body)"))}
+
+
 # -----------------------------------------------------------------------------------------
 # Command line: parsing and printing. Nothing that is printed drives a terminal.
 
@@ -3329,6 +3544,8 @@ def run_verb(given: dict[str, str], words: list[str], clock: Callable[[], float]
         raise Usage(f"{error}: {usage_of(function)}") from None
     if result is not None:
         print_result(result, is_json)
+    if name == "doctor" and not all(row["is_ok"] for row in result[0]):
+        raise SystemExit(1)
 
 
 def verb_of(words: list[str]) -> tuple[str, list[str]]:
@@ -3369,7 +3586,7 @@ def print_result(result: Any, is_json: bool) -> None:
     rows, text = result if isinstance(result, tuple) else (result, None)
     if is_json:
         text = json.dumps(rows, indent=1).replace("\x7f", r"\u007f")
-    elif isinstance(rows, list) and rows:
+    elif isinstance(rows, list) and rows and not text:
         text = table_of(rows)
     elif text is None:
         text = "\n".join(map("=".join, readable(rows or {}).items()))

@@ -220,6 +220,13 @@ CREATE TABLE rejected (
     UNIQUE (email_account, body_sha256)
 ) STRICT;
 
+CREATE TABLE refused_caller (
+    -- Who posted with no or a wrong secret; the latest 1,000 clients. `inbound doctor` shows the last hour's.
+    client TEXT PRIMARY KEY,                        -- address that the server or its trusted proxy saw
+    posts INTEGER NOT NULL,                         -- how many
+    last_at INTEGER NOT NULL
+) STRICT;
+
 -- Read ------------------------------------------------------------------------------------------------------
 
 CREATE VIEW inbox AS                                -- open tickets, newest first, readable times (UTC)

@@ -14,6 +14,7 @@ import socket
 import sqlite3
 import tempfile
 from collections import namedtuple
+from pathlib import Path
 from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import validator
 
@@ -529,6 +530,30 @@ def test_healthz_is_degraded_when_the_file_is_read_only(ready, clock):
             assert answer["status"] == "degraded" and "read" in answer["reasons"][0]
             app.post_json(URL, ready.mail(), headers={HEADER: SECRET}, status=503)
         os.chmod(folder, 0o755)
+
+
+def test_a_file_that_was_read_only_for_a_while_is_written_as_soon_as_it_may_be(ready, clock):
+    # SQLite opens such a file to read, without an error, and would stay with that.
+    ready.post(ready.mail())    # loads what nobody may not: root's Python
+    ready.store.close()
+    mail = ready.mail(text="Again.")
+    with tempfile.TemporaryDirectory() as folder:
+        path = shutil.copy(ready.path, folder)
+        os.chmod(folder, 0o777)
+        os.chmod(path, 0o444)
+        with without_privileges(), contextlib.closing(inbound.Store(path, clock)) as store:
+            app = webtest.TestApp(inbound.make_app(store))
+            app.get("/healthz", status=503)
+            app.post_json(URL, mail, headers={HEADER: SECRET}, status=503)
+            if os.getuid() == 0:
+                os.seteuid(0)
+            for file in Path(folder).iterdir():     # -wal and -shm got the file's mode
+                os.chmod(file, 0o666)
+            if os.getuid() == 0:
+                os.seteuid(65534)
+            app.get("/healthz", status=200)
+            answer = app.post_json(URL, mail, headers={HEADER: SECRET}).json
+            assert answer["status"] == "created"
 
 
 @pytest.mark.parametrize("table", ["ticket", "message", "attachment", "outbox"])
