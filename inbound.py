@@ -26,6 +26,9 @@ Usage: inbound [--db FILE] VERB               (FILE: $INBOUND_DB, else inbound.d
   relay URL [--sender ADDRESS] [--secret-file FILE]   post the mail on standard input
   outbox [list | show ID | send | retry ID | retry all]     mail on its way out
   rejected [list | show ID | replay [ID] | delete ID]       posts that became no message
+  doctor [--url URL]                  check everything, say what to do, exit 1 on a FAIL
+  backup FILE                         a whole copy of the live database
+  forget ADDRESS                      erase a person
 
 `inbound VERB --help` says more of one; `--json` prints what a program reads. Where there are
 several accounts, `--account ADDRESS` says which (default: the default one).
@@ -456,6 +459,8 @@ def authenticate(store: Store, environ: Row) -> tuple[Post, bool]:
             401, "no right secret in X-Mobieus-Inbound-Secret, ?secret= or HTTP Basic")
     if not by_body:
         body = body_of(environ)
+    if found[0]["secret"] != found[0]["inbound_secret"]:
+        store.uses_of_previous[found[0]["id"]] = store.now()
     own_addresses = [account["address"] for account in accounts]
     return Post(found[0], own_addresses, content_type, body), by_body
 
@@ -1947,6 +1952,8 @@ class Store:
         self.checkpoints = checkpoints
         self.has_mail = threading.Event()               # wakes the courier
         self.refusals: deque[tuple[int, str]] = deque(maxlen=1000)  # (time, client) of 401s
+        self.uses_of_previous: dict[int, int] = {}      # email_account → when it was used
+        self.failing_since = 0.0                        # monotonic; 0 = the last write did not
         self._was_open = False
         self._jobs: deque[tuple[Work, tuple[Any, ...], Future]] = deque()
         self._lock = threading.RLock()                  # of the writer and all below
@@ -2047,6 +2054,7 @@ class Store:
                     future.set_exception(error)
             writer.execute("COMMIT")
             self._refuse_if_replaced()
+            self.failing_since = 0.0
         except Exception as error:
             # No second fsync on a descriptor whose first failed: the next write opens anew.
             self._close_writer()
@@ -2054,6 +2062,8 @@ class Store:
                 self.close()
             if "locked" in str(error):
                 self._locked_until = time.monotonic() + 1
+            elif "full" not in str(error):
+                self.failing_since = self.failing_since or time.monotonic()
             while self._jobs:       # who waits behind us shares the fate
                 results[self._jobs.popleft()[2]] = None
             for future in results:
@@ -2677,18 +2687,25 @@ def settle(db: DB, now: int, row: Row, state: str, error: str) -> None:
 
 
 def send_due(store: Store) -> Counter[str]:
-    """Deliver all that is due, a session for each account; return a Counter of outcomes."""
+    """Deliver all that is due; return a Counter of outcomes."""
     outcomes: Counter[str] = Counter()
     for account in store.accounts():
-        with contextlib.closing(Relay(account)) as relay:
-            while row := store.write(claim, account):   # nothing due: nothing is written
-                state, error = relay.deliver(row)
-                outcomes[state] += 1
-                log.info("outbox %d to %s %s: %s", row["id"], row["recipient"], state,
-                         printable(error))
-                settle_for_sure(store, row, state, error)
-                if relay.smtp is None:      # one try at a look, not one a row
-                    break
+        outcomes += send_for(store, account)
+    return outcomes
+
+
+def send_for(store: Store, account: Row) -> Counter[str]:
+    """Deliver what is due of one account, in one session."""
+    outcomes: Counter[str] = Counter()
+    with contextlib.closing(Relay(account)) as relay:
+        while row := store.write(claim, account):       # nothing due: nothing is written
+            state, error = relay.deliver(row)
+            outcomes[state] += 1
+            log.info("outbox %d to %s %s: %s", row["id"], row["recipient"], state,
+                     printable(error))
+            settle_for_sure(store, row, state, error)
+            if relay.smtp is None:      # one try at a look, not one a row
+                break
     return outcomes
 
 
@@ -3385,7 +3402,7 @@ def checks_of(store: Store) -> Iterator[tuple[str, str]]:
         fault = f"others may read everybody's mail: chmod 600 {file}" if is_open else ""
         yield f"mode of {file.name}", fault
     for name, paths in store.own_providers():
-        is_sound = {"from", "message_id"} <= paths.keys() <= CANONICAL
+        is_sound = {"from", "message_id"} <= paths.keys() <= CANONICAL.keys()
         fault = "" if is_sound else "expected paths of from, message_id, and fields of a mail"
         yield f"provider {name}", fault
     for row in store.rows("""SELECT * FROM refused_caller WHERE last_at > ?
@@ -3422,11 +3439,11 @@ def checks_of_url(store: Store, url: str) -> Iterator[tuple[str, str]]:
             ("the right secret and no mail", b"", secret, 400),
             ("5 MB and a wrong secret", bytes(5 * 2**20), "w" * 32, 401)) if url else ():
         try:
-            status, _ = post_to(url, body, given)
+            answer = str(post_to(url, body, given)[0])
         except (OSError, ValueError, http.client.HTTPException) as error:
-            status = printable(str(error))
-        fault = f"{status}, expected {expected}: see the proxy's rules and limits"
-        yield f"{url} with {name}", "" if status == expected else fault
+            answer = printable(str(error))
+        fault = f"{answer}, expected {expected}: see the proxy's rules and limits"
+        yield f"{url} with {name}", "" if answer == str(expected) else fault
 
 
 @verb
@@ -3472,9 +3489,9 @@ def forget(store: Store, address: str) -> Any:
 
 def erase(db: DB, now: int, address: str) -> Row:
     """Delete what a person wrote and what was written to them; secure_delete overwrites it."""
-    spelled = re.compile(spellings(address.lower()).pattern, re.I)
     db.create_function("is_theirs", 1, lambda other: mailbox_key(other) == mailbox_key(address))
-    db.create_function("names_them", 1, lambda body: spelled.search(body) is not None)
+    db.create_function("names_them", 1, lambda body: spellings(address).search(
+        body.decode("latin-1")) is not None)
     return {name: db.execute(f"DELETE FROM {rows}").rowcount for name, rows in (
         ("tickets", "ticket WHERE is_theirs(requester)"),
         ("messages", "message WHERE is_theirs(from_address)"),

@@ -114,7 +114,8 @@ def test_every_verb_has_json(filled, line, words, keys):
 
 
 def test_every_verb_of_the_table_is_in_the_help():
-    verbs = {name.split()[0] for name in NAMES} | {"serve", "relay", "attachment"}
+    verbs = {name.split()[0] for name in inbound.VERBS}
+    assert verbs > {name.split()[0] for name in NAMES}
     assert verbs == {*re.findall(r"^  ([a-z]+)\b", inbound.__doc__, re.M)}
 
 
