@@ -568,7 +568,8 @@ def read(post: Post, own_providers: Callable[[], list[tuple[str, Row]]]) -> Read
 
 def fields_of(content_type: str, body: bytes) -> Fields | bytes:
     """Take a body apart; Refused 400: not decodable, 415: no type that mail comes in."""
-    header = content_headers([["Content-Type", clean(content_type) or "application/json"]])
+    content_type = clean(content_type) or "application/json"
+    header = content_headers([["Content-Type", content_type]])
     kind = header.get_content_type()
     if kind in ("message/rfc822", "message/global"):    # RFC 6532: the same in UTF-8
         if not re.search(rb"\S", body):
@@ -580,7 +581,7 @@ def fields_of(content_type: str, body: bytes) -> Fields | bytes:
     is_json = kind.endswith(("/json", "+json"))
     if not is_json and kind not in ("text/plain", FORM):
         # As it was sent, and whole: a secret in it is starred out in its own spelling.
-        raise Refused(415, f"content type {clean(content_type)!r} carries no mail; "
+        raise Refused(415, f"content type {content_type!r} carries no mail; "
                            "expected application/json")
     if not is_json and not re.match(rb"(?:\xef\xbb\xbf)?\s*[{\[]", body):
         if HEADER_START.match(body):
@@ -707,7 +708,7 @@ def json_in(text: Any, pairs: Callable[[Any], Any] | None = None) -> Any:
 
     `pairs` makes another thing than a dict of an object's (name, value) pairs.
     """
-    if isinstance(text, str) and text.lstrip()[:1] in ("{", "["):
+    if isinstance(text, str) and re.match(r"\s*[\[{]", text):
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(within_json_budget(text), object_pairs_hook=pairs)
     return {}
@@ -876,9 +877,10 @@ def file_of(fields: email.message.Message, content: Any) -> Row:
 
 def header_text(value: str, charset: str | None) -> str:
     """A header's value; bytes in it that are no UTF-8 are in the charset of the body."""
-    if value.isascii():
-        return value
-    return decode(value.encode("utf-8", "surrogateescape"), "utf-8", charset)
+    content = value.encode("utf-8", "surrogateescape")
+    with contextlib.suppress(UnicodeDecodeError):
+        return content.decode()
+    return decode(content, charset)
 
 
 def transfer_decoded(fields: email.message.Message, content: memoryview) -> bytes:
@@ -906,10 +908,9 @@ def base64_decoded(content: bytes | memoryview) -> bytes:
 
 # Canonical name → what it has to be, in words and in types. A number is a string, too.
 CANONICAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("from", "from_name", "subject", "text", "html", "message_id"),
-                    ("a string", str)),
-    **dict.fromkeys(("to", "cc", "in_reply_to", "references"),
-                    ("a string or a list", str, list)),
+    **dict.fromkeys(("from", "to", "cc"), ("a mailbox or a list of them", str, list, dict)),
+    **dict.fromkeys(("from_name", "subject", "text", "html", "message_id"), ("a string", str)),
+    **dict.fromkeys(("in_reply_to", "references"), ("a string or a list", str, list)),
     "headers": ("an object of names and values", dict, list, str),
     "envelope": ("an object whose `from` is a string or null", dict),
     "attachments": ("a list of objects", list)}
@@ -1027,8 +1028,8 @@ PROVIDERS = (
     # CloudMailin. Requires: an address. Authenticates by: Basic or ?secret=. Answers: 2xx; 4xx
     # bounces the mail, 5xx lets the sender's server try again. Configure: the target.
     Provider("CloudMailin", "envelope", envelope_from="envelope.from", raw="message",
-             when=lambda post: isinstance(post["envelope"], dict) and not (
-                 {"from", "text", "message_id"} & {*post})),
+             when=lambda post: isinstance(post["envelope"], dict)
+             and {"from", "text", "message_id"}.isdisjoint(post)),
     # Its deprecated multipart format "original".
     Provider("CloudMailin", "message plain", envelope_from="from", raw="message",
              when=lambda post: isinstance(post["message"], bytes)),
@@ -1042,8 +1043,8 @@ PROVIDERS = (
     # Amazon SES. Requires: a receipt rule whose SNS action carries the mail (150 KB at most).
     # Authenticates by: ?secret= or Basic. Answers: 200; 5xx is tried again. Configure: an
     # HTTPS subscription, then open the SubscribeURL that `inbound rejected` shows.
-    Provider("Amazon SES", "notificationType content", "Received",
-             envelope_from="mail.source", raw="content"),
+    Provider("Amazon SES", "notificationType content", envelope_from="mail.source",
+             raw="content"),
     # SocketLabs. Requires: `account set validation_key=…`, and its Secret Key as our secret.
     # Authenticates by: SecretKey in the body. Answers: 200, always with the Validation Key.
     # Configure: Inbound API › the URL as it is.
@@ -1083,8 +1084,7 @@ PROVIDERS = (
     Provider("Inbound.new", "event email", "email.received", place="email"),
     # AgentMail. Requires: an inbox. Authenticates by: ?secret=. Answers: 2xx. Configure: a
     # webhook for message.received. Attachments are not in the post.
-    Provider("AgentMail", "event_type", place="message",
-             when=lambda post: str(post["event_type"]).startswith("message.received")),
+    Provider("AgentMail", "event_type", "message.received", place="message"),
     # MailPace. Requires: an inbound endpoint. Authenticates by: ?secret=. Answers: 2xx.
     # Configure: the domain's inbound URL.
     Provider("MailPace", "raw", raw="raw"),
@@ -1102,7 +1102,7 @@ PROVIDERS = (
     Provider("mailcast.io", "return_path email", envelope_from="return_path", raw="email"),
     # postal-mime, what a Cloudflare Email Worker posts. Authenticates by: ?secret= or a header.
     Provider("postal-mime", "headers from", envelope_from="returnPath",
-             when=lambda post: isinstance(post["from"], dict) and "message_id" not in post),
+             when=lambda post: isinstance(post["from"], dict)),
 )
 
 
@@ -1172,7 +1172,7 @@ def mail_of(provider: Provider, post: Any) -> Mail:
     if raw:
         mail = mail_of_mime(raw)
     else:
-        mail = {name: at(known, paths) for name, paths in SPELLINGS.items()}
+        mail = {name: at(known, paths) for name, paths in SPELLINGS.items() if known}
         mail["attachments"] = [file for name in FILES for file in items_of(
             json_in(at(known, name)) or at(known, name)) if isinstance(file, dict)]
         mail |= {name: at(post, path) for name, path in provider.fields.items()
@@ -1214,6 +1214,7 @@ WORDS = re.compile(rf"{WORD}(?:\s*{WORD}){{0,99}}", re.I)       # decode_header 
 CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]+ ?")  # RFC 5322 2.2.3: a fold is a space
 PLAIN = re.compile(r"(?:[ -<>-~]|=(?!\?))*")                    # a value with nothing to do
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+UNQUOTE = re.compile(r'\\(.)|"')
 BASE64 = str.maketrans("-_", "+/", " \t\r\n")   # RFC 4648 5; RFC 2045 6.8: no line ends
 
 
@@ -1248,11 +1249,11 @@ def normalise(mail: Mail, is_strict: bool) -> Message:
         text = html_to_text(markup)
         if len(markup) > MAX_HTML:
             notes.append(f"the text is made of at most {MAX_HTML} characters of the HTML")
-    parents = fields["in_reply_to"] or header_values(headers, "in-reply-to")
-    references = fields["references"] or header_values(headers, "references")
     return Message(
-        message_id=message_id, digest=digest, in_reply_to=ids_of(parents),
-        references=ids_of(references), from_address=address, from_count=from_count,
+        message_id=message_id, digest=digest,
+        in_reply_to=ids_of(fields["in_reply_to"] or header_values(headers, "in-reply-to")),
+        references=ids_of(fields["references"] or header_values(headers, "references")),
+        from_address=address, from_count=from_count,
         from_name=one_line(fields["from_name"]) or name, envelope_from=envelope_from,
         to=addresses_of(fields["to"]), cc=addresses_of(fields["cc"]), subject=subject,
         text=text, html=markup or None, headers=headers, notes=notes,
@@ -1264,8 +1265,6 @@ def typed(mail: Mail, faults: Faults) -> Mail:
     fields: Mail = {}
     for name, (expected, *types) in CANONICAL.items():
         value = mail.get(name)
-        if name in FROM_HEADERS:
-            value = mailbox_texts(value) or value
         if types[0] is str and type(value) in (str, int, float):
             value = clean(str(value))
         if value is not None and not isinstance(value, tuple(types)):
@@ -1273,22 +1272,6 @@ def typed(mail: Mail, faults: Faults) -> Mail:
             value = None
         fields[name] = value or types[0]()
     return fields
-
-
-def mailbox_texts(value: Any) -> str:
-    """An address header's text, of text, {name, address} in any spelling, or a list of such."""
-    if isinstance(value, str):
-        return value
-    texts = []
-    for item in items_of(at(value, ("value", "addresses")) or value):
-        if isinstance(item, dict):
-            known = spelled(item)
-            address = at(known, ("address", "email", "emailaddress"))
-            name = str(at(known, ("name", "friendlyname")) or "")
-            item = f"{json.dumps(name, ensure_ascii=False)} <{address}>" if address else ""
-        if isinstance(item, str):
-            texts.append(item)
-    return ", ".join(filter(None, texts))
 
 
 def headers_of(mail: Mail, fields: Mail, is_strict: bool, faults: Faults) -> Headers:
@@ -1366,18 +1349,18 @@ def envelope_sender(envelope: Row, faults: Faults) -> str | None:
         if value is not None:
             faults["envelope"] = "expected an object whose `from` is a string or null"
         return None
-    for _, address in mailboxes_of(clean(value)):
+    for _, address in mailboxes_of(value):
         return address
     return "" if value.strip() in ("", "<>") else None
 
 
-def author_of(written: str, envelope_from: str | None, faults: Faults,
+def author_of(written: Any, envelope_from: str | None, faults: Faults,
               notes: list[str]) -> tuple[int, str, str]:
     """(mailboxes that From names, name, address); where it names none, another stands for it."""
     mailboxes = mailboxes_of(written)
     if mailboxes:
         return len(mailboxes), *mailboxes[0]
-    shown = repr(written) if len(written) < 100 else "a long text"
+    shown = repr(written) if len(str(written)) < 100 else "a long text"
     fault = f"expected an address, not {shown}" if written else "required"
     if envelope_from:
         notes.append(f"from: {fault}; the envelope sender stands for it")
@@ -1386,26 +1369,35 @@ def author_of(written: str, envelope_from: str | None, faults: Faults,
     return 0, "", "MAILER-DAEMON"
 
 
-def mailboxes_of(value: str) -> list[tuple[str, str]]:
+def mailboxes_of(value: Any) -> list[tuple[str, str]]:
     """[(name, addr-spec), …] of an address header (RFC 5322 3.4); [] where it is unclear.
 
-    We do not use email.utils: `alice@example.org)bob@example.net` is Alice to some versions
+    Of text, of {name, address} in any spelling, or of a list of such. We do not use
+    email.utils: `alice@example.org)bob@example.net` is Alice to some versions
     (CVE-2023-27043). Here each @ that is not a name's has to be part of an address.
     """
-    value = value[:MAX_ADDRESS_HEADER].replace("&lt;", "<").replace("&gt;", ">")
-    value = CONTROLS.sub(" ", value)
-    if "@" in MAILBOX.sub("", value):
-        return []
+    if isinstance(value, str):
+        text = value[:MAX_ADDRESS_HEADER].replace("&lt;", "<").replace("&gt;", ">")
+        text = CONTROLS.sub(" ", clean(text))
+        if "@" in MAILBOX.sub("", text):
+            return []
+        return [(one_line(UNQUOTE.sub(r"\1", name).strip(" ,;") or comment), address or bare)
+                for name, address, bare, comment in MAILBOX.findall(text)]
     mailboxes = []
-    for name, address, bare, comment in MAILBOX.findall(value):
-        name = re.sub(r'\\(.)|"', r"\1", name).strip(" ,;") or comment
-        mailboxes.append((one_line(name), address or bare))
+    for item in items_of(at(value, ("value", "addresses")) or value):
+        if isinstance(item, list):      # Mandrill: [address, name]
+            item = next(iter(item), "")
+        known = spelled(item)
+        text = at(known, ("address", "email", "emailaddress")) if known else item
+        for name, address in mailboxes_of(text) if isinstance(text, str) else ():
+            name = at(known, ("name", "friendlyname")) or name
+            mailboxes.append((one_line(str(name)), address))
     return mailboxes
 
 
 def addresses_of(value: Any) -> list[str]:
     """The addresses of To or Cc, for display."""
-    return [address for _, address in mailboxes_of(mailbox_texts(value))]
+    return [address for _, address in mailboxes_of(value)]
 
 
 def message_id_of(written: str, digest: str, headers: Headers, faults: Faults) -> str:
@@ -1524,33 +1516,14 @@ def codec_of(charset: str) -> tuple[str, str]:
     return name, "replace" if MULTIBYTE.match(name) else "strict"
 
 
-def decode(content: bytes, charset: str | None, fallback: str | None = None) -> str:
-    """The text of bytes in the charset claimed; unlabelled, as UTF-8 or else in `fallback`."""
-    for each in (charset or "utf-8", fallback or ""):
-        with contextlib.suppress(LookupError, ValueError):
-            return content.decode(*codec_of(each))
+def decode(content: bytes, charset: str | None) -> str:
+    """The text of bytes in the charset claimed, else in UTF-8 or in Windows-1252."""
+    with contextlib.suppress(LookupError, ValueError):
+        return content.decode(*codec_of(charset or "utf-8"))
     text = content.decode("utf-8", "replace")
     if re.search("[^\0-\x7f\ufffd]", text):     # UTF-8 but for a broken byte
         return text
     return content.decode("cp1252", "replace")
-
-
-# What is shown of markup, in this order. What is not closed goes to the end, and a tag that has
-# no end is text before its attributes are looked for: nothing is ever looked at twice.
-VERBATIM = str.maketrans({" ": "\0", "\t": "\1", "\n": "<br>"})     # for blanks that count
-MARKUP: tuple[tuple[str, Any], ...] = (
-    (r"<!--(?:>|.*?-->|.*)|<(script|style|title)\b(?:.*?</\1\s*>|.*)", ""),
-    (r"<pre\b[^<>]*>.*?(?:</pre\s*>|\Z)", lambda found: verbatim(found[0])),
-    (r"\s+", " "),
-    (r"""<img\b(?=[^<>]*>)[^<>]*?\salt\s*=\s*(["']?)([^<>]*?)\1(?:\s[^<>]*)?/?>""", r"\2"),
-    (r"</?t[dh]\b[^<>]*>", " "),
-    (r"</?(?:address|article|aside|blockquote|br|caption|dd|div|dl|dt|figcaption|figure|footer|"
-     r"form|h[1-6]|header|hr|li|main|nav|ol|p|pre|section|table|tr|ul)\b[^<>]*>", "\n"),
-    (r"<(?!/?a\b)[/!?a-z][^<>]*>", ""),
-    (r"""<a\b(?=[^<>]*>)[^<>]*?\shref\s*=\s*(["']?)(?:mailto:)?([^<>]*?)\1(?:\s[^<>]*)?>"""
-     r"(.*?)(?=</?a\b|\Z)", lambda found: with_link(found[3], found[2])),
-    (r"</?a\b[^<>]*>", ""),
-    (r"&#(?:[0-9]{8,}|x[0-9a-f]{8,});?", "\ufffd"))
 
 
 def html_to_text(markup: str) -> str:
@@ -1566,13 +1539,33 @@ def html_to_text(markup: str) -> str:
     return text.translate(str.maketrans("\0\1", " \t"))
 
 
-def verbatim(preformatted: str) -> str:
-    return re.sub(">[^<]*", lambda text: text[0].translate(VERBATIM), preformatted)
+def verbatim(preformatted: re.Match[str]) -> str:
+    """A `pre` with its blanks as what no text has, which nothing takes for blanks."""
+    return re.sub(">[^<]*", lambda text: text[0].translate(VERBATIM), preformatted[0])
 
 
-def with_link(text: str, link: str) -> str:
+def with_link(found: re.Match[str]) -> str:
     """The text of a link and, unless it says so itself, where it leads."""
+    _, link, text = found.groups()
     return text if link in text or link[0] == "#" else f"{text} ({link})"
+
+
+# What is shown of markup, in this order. What is not closed goes to the end, and a tag that has
+# no end is text before its attributes are looked for: nothing is ever looked at twice.
+VERBATIM = str.maketrans({" ": "\0", "\t": "\1", "\n": "<br>"})     # for blanks that count
+MARKUP: tuple[tuple[str, Any], ...] = (
+    (r"<!--(?:>|.*?-->|.*)|<(script|style|title)\b(?:.*?</\1\s*>|.*)", ""),
+    (r"<pre\b[^<>]*>.*?(?:</pre\s*>|\Z)", verbatim),
+    (r"\s+", " "),
+    (r"""<img\b(?=[^<>]*>)[^<>]*?\salt\s*=\s*(["']?)([^<>]*?)\1(?:\s[^<>]*)?/?>""", r"\2"),
+    (r"</?t[dh]\b[^<>]*>", " "),
+    (r"</?(?:address|article|aside|blockquote|br|caption|dd|div|dl|dt|figcaption|figure|footer|"
+     r"form|h[1-6]|header|hr|li|main|nav|ol|p|pre|section|table|tr|ul)\b[^<>]*>", "\n"),
+    (r"<(?!/?a\b)[/!?a-z][^<>]*>", ""),
+    (r"""<a\b(?=[^<>]*>)[^<>]*?\shref\s*=\s*(["']?)(?:mailto:)?([^<>]*?)\1(?:\s[^<>]*)?>"""
+     r"(.*?)(?=</?a\b|\Z)", with_link),
+    (r"</?a\b[^<>]*>", ""),
+    (r"&#(?:[0-9]{8,}|x[0-9a-f]{8,});?", "\ufffd"))
 
 
 # -----------------------------------------------------------------------------------------
