@@ -525,7 +525,8 @@ class Stopwatch:
 def measure_stages(folder):
     """Print [names that inbound does not have, {kind: {stage: [processor, wall] µs}}]."""
     import inbound as program
-    logging.basicConfig(stream=open(os.devnull, "w"), format="%(asctime)sZ %(message)s", level=20)
+    void = open(os.devnull, "w")    # noqa: SIM115 (to the end of the process)
+    logging.basicConfig(stream=void, format="%(asctime)sZ %(message)s", level=20)
     watch, now, connect = Stopwatch(), [int(time.time())], sqlite3.connect
 
     class Connection(sqlite3.Connection):
@@ -804,7 +805,8 @@ def say_where(folder):
 
 def main():
     if sys.argv[1:2] == ["--child"]:
-        return CHILDREN[sys.argv[2]](*sys.argv[3:])
+        CHILDREN[sys.argv[2]](*sys.argv[3:])
+        return
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="WORD", help="quick, full, sections")

@@ -181,7 +181,9 @@ class Served:
     """`inbound serve` in a process of its own, on a free port, its log beside the database."""
 
     def __init__(self, path, *prefix, env):
-        self.log = open(f"{path}.log", "ab") if os.access(path.parent, os.W_OK) else None
+        self.log = None
+        if os.access(path.parent, os.W_OK):
+            self.log = open(f"{path}.log", "ab")    # noqa: SIM115 (closed with the server)
         self.server = subprocess.Popen(
             [*prefix, sys.executable, PROGRAM, "--db", path, "serve", "--listen", "127.0.0.1:0"],
             env=env, text=True, stdout=subprocess.PIPE, stderr=self.log or subprocess.DEVNULL)

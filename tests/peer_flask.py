@@ -176,7 +176,7 @@ def find_ticket(session, message):
         return None
     found = session.execute(sa.select(Message.message_id, Ticket).join(Message.ticket)
                             .where(Message.message_id.in_(parents))).all()
-    tickets = {message_id: ticket for message_id, ticket in found}
+    tickets = dict(found)
     return next((tickets[parent] for parent in parents if parent in tickets), None)
 
 

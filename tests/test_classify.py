@@ -7,8 +7,9 @@ both doors, as a raw message and as JSON, and has to come to the same by each.
 import base64
 
 import pytest
-from conftest import HERE, Clock, Desk
 from doors import DOORS, by_both_doors, deliver
+
+from conftest import HERE
 
 
 def fate(desk, mail):

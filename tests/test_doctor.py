@@ -7,9 +7,9 @@ import sqlite3
 import threading
 
 import pytest
-from conftest import NOON, SECRET, URL, mail_from
 
 import inbound
+from conftest import NOON, SECRET, URL, mail_from
 
 ADA, BOB = "ada@customer.example", "bob@elsewhere.example"
 

@@ -30,9 +30,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))   # as a script, pytest's pythonpath is unset
 
-import inbound  # noqa: E402
-from conftest import NOON, SECRET, URL, Served, Sink, eventually  # noqa: E402
-from doors import DOORS, deliver  # noqa: E402
+from doors import DOORS, deliver
+
+import inbound
+from conftest import NOON, SECRET, URL, Served, Sink, eventually
 
 ONE, TWO, THEM = "support@one.example", "support@two.example", "office@them.example"
 MARKS = ("Auto-Submitted", "X-Auto-Response-Suppress", "Precedence", "Return-Path")

@@ -7,12 +7,13 @@ import base64
 import json
 import time
 
-import inbound
 import pytest
-from conftest import HERE, SECRET, Clock, Desk
 from doors import DOORS, deliver
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import inbound
+from conftest import HERE, SECRET
 
 ADA = "ada@customer.example"
 LONG = "x" * 10_000
@@ -680,7 +681,7 @@ def test_a_raw_mail_with_either_line_end_is_the_same_mail(desk):
 @pytest.mark.parametrize("value", ["(" * 10_000 + ")" * 10_000, "(" * 500_000, "()" * 250_000,
                                    "=?utf-8?q?a?= " * 5_000, " " * 500_000, ";" * 500_000])
 def test_a_hostile_header_costs_less_than_two_seconds(desk, value):
-    headers = {name: value for name in ("Auto-Submitted", "Precedence", "List-Id", "X-Any")}
+    headers = dict.fromkeys(("Auto-Submitted", "Precedence", "List-Id", "X-Any"), value)
     start = time.process_time()
     desk.post(desk.mail(headers=headers))
     assert time.process_time() - start < 2
@@ -764,7 +765,7 @@ bodies = st.one_of(
     json_values,
     st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=8),
     st.fixed_dictionaries({"from": st.just(ADA), "message_id": st.just("<a@x>")},
-                          optional={name: json_values for name in FIELDS[6:13]}))
+                          optional=dict.fromkeys(FIELDS[6:13], json_values)))
 
 
 @anything

@@ -9,8 +9,9 @@ import sqlite3
 import time
 
 import pytest
-from conftest import SECRET, Clock, Desk
 from doors import DOORS, deliver
+
+from conftest import SECRET
 
 FIRST = "<first@customer.example>"
 OTHER = "another-secret-of-the-tests-9876"
