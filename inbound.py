@@ -1154,7 +1154,7 @@ def notice_in(post: Row) -> str:
         return "an SNS subscription: open the SubscribeURL that `inbound rejected show` prints"
     name = at(post, ("event_type", "event", "type", "RecordType", "Type", "notificationType",
                      "event-data.event", "events.0.event"))
-    if isinstance(name, str) and ("TopicArn" in post or EVENT.fullmatch(name)):
+    if isinstance(name, str) and ("TopicArn" in post or EVENT.fullmatch(name[:200])):
         return f"an event, no mail: {printable(name)[:80]}"
     for provider, path in METADATA_ONLY.items():
         if at(post, path) is not None:
