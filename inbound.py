@@ -500,159 +500,19 @@ def spellings(secret: bytes) -> re.Pattern[bytes]:
 # Read, bodies: bytes → fields, or the bytes of a raw mail. JSON, forms and multiparts are
 # taken apart here, each within its budget; who posted is recognised from the body alone.
 
-JSON_MARK = re.compile(r'\\.|["\[\]{},]', re.S)
 FORM = "application/x-www-form-urlencoded"
 RAW_FIELDS = ("email", "message", "body-mime")  # of forms: a mail has charsets of its own
 FROM_HEADERS = ("from", "to", "cc", "subject")  # fields that a header stands in for
+HEADER_START = re.compile(rb"From |[!-9;-~]+:(?:[ \t]|\r?\n[ \t])")
+JSON_MARK = re.compile(r'\\.|["\[\]{},]', re.S)
+CLOSERS = {"[": "]", "{": "}"}
 
 
 class Fields(Row):
     """The fields of a body; only what was a JSON object may be the canonical body."""
 
-    is_json = False
+    is_object = False
     cut = ""                    # which bound of the budget it went past
-
-
-def fields_of(content_type: str, body: bytes) -> Fields | bytes:
-    """Take a body apart; Refused 400: not decodable, 415: no type that mail comes in."""
-    header = content_headers([["Content-Type", clean(content_type) or "application/json"]])
-    kind = header.get_content_type()
-    if kind in ("message/rfc822", "message/global"):    # RFC 6532: the same in UTF-8
-        if not body.strip():
-            raise Refused(400, f"the {kind} is empty; expected a mail")
-        return body
-    if kind == "multipart/form-data":
-        return form_of(multipart_fields(body, header.get_boundary() or ""))
-    is_json = kind.endswith(("/json", "+json"))
-    if not is_json and kind not in ("text/plain", FORM):
-        raise Refused(415, f"content type {kind!r} carries no mail; expected application/json")
-    if not is_json and not re.match(rb"(?:\xef\xbb\xbf)?\s*[{\[]", body):
-        if re.match(rb"From |[!-9;-~]+:(?:[ \t]|\r?\n[ \t])", body):    # a header line
-            return body
-        if kind == FORM:
-            return form_of(url_encoded_fields(body))
-    return parse_json(body)
-
-
-def parse_json(body: bytes) -> Fields:
-    """The object in `body`, or its list as `events`; strict UTF-8, Refused 400.
-
-    We do not give json.loads the bytes: it guesses UTF-16 and lets lone surrogates through.
-    """
-    try:
-        text = body.decode("utf-8-sig")
-        within = within_json_budget(text)
-        value = json.loads(within, parse_constant=int)      # int("NaN") raises
-    except (ValueError, RecursionError) as error:           # UnicodeDecodeError is the former
-        reason = f"the body is not JSON in UTF-8: {printable(str(error))[:200]}"
-        raise Refused(400, reason) from None
-    if not isinstance(value, (dict, list)):
-        raise Refused(400, f"the body is {type(value).__name__}; expected a JSON object")
-    fields = Fields(value if isinstance(value, dict) else {"events": value})
-    fields.is_json = isinstance(value, dict)
-    fields.cut = "" if within is text else f"more than {MAX_VALUES} values in the JSON"
-    return fields
-
-
-def within_json_budget(text: str) -> str:
-    """A JSON text itself, or as much of its beginning as MAX_VALUES allows, closed properly.
-
-    Python takes up to 60 bytes for each of the 3 in `[],`.
-    """
-    marks = text.count("[") + text.count("{") + text.count('"') - text.count('\\"')
-    if marks < 2 * MAX_VALUES:
-        return text
-    closers: list[str] = []
-    values, is_string = 0, False
-    for found in JSON_MARK.finditer(text):
-        mark = found[0]
-        if mark == '"':
-            is_string = not is_string
-            values += is_string
-        elif is_string or mark[0] == "\\":
-            continue
-        elif mark in "[{":
-            closers.append("]" if mark == "[" else "}")
-            values += 1
-        elif mark in "]}" and closers:
-            closers.pop()
-        elif mark == "," and values > MAX_VALUES:
-            return text[:found.start()] + "".join(reversed(closers))
-    return text
-
-
-def json_in(text: Any) -> Any:
-    """The JSON object or list in a field of text; {} where there is none."""
-    if isinstance(text, str) and text.lstrip()[:1] in ("{", "["):
-        with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(within_json_budget(text))
-    return {}
-
-
-FormField = tuple[str, "email.message.Message | None", bytes]   # name, headers of a file, content
-
-
-def url_encoded_fields(body: bytes) -> Iterator[FormField]:
-    """The fields of a form; a bare name is a field without a value.
-
-    Percent-encoding is quoted-printable with another sign. We do not use urllib: it makes an
-    object of each escape, 17 times the size.
-    """
-    for pair in body.split(b"&", MAX_FIELDS)[:MAX_FIELDS]:
-        name, _, value = (binascii.a2b_qp(text.replace(b"+", b" ")
-                                             .replace(b"=", b"%3D").replace(b"%", b"="))
-                          for text in pair.partition(b"="))
-        if name:
-            yield decode(name, None), None, value
-
-
-def multipart_fields(body: bytes, boundary: str) -> Iterator[FormField]:
-    """The fields and files of multipart/form-data (RFC 7578), their contents as posted."""
-    parts = split_parts(memoryview(body), boundary, MAX_FIELDS)
-    if not parts:
-        raise Refused(400, f"the body is not cut by its boundary {boundary!r}")
-    for part in parts[:MAX_FIELDS]:
-        headers, content = MimeReader().head_of(part)
-        header = content_headers(headers)
-        name = str(header.get_param("name", "", "content-disposition"))
-        yield name, header if header.get_filename() is not None else None, bytes(content)
-
-
-def form_of(parts: Iterable[FormField]) -> Fields:
-    """The fields of a form by name, its files in `files`.
-
-    `envelope[to]` and `attachments[0][filename]` become objects, as their senders mean them.
-    """
-    form, files = Fields(), []
-    texts: dict[str, list[bytes]] = {}
-    for name, header, content in parts:
-        if header is None:
-            texts[name] = [*texts.get(name, []), content]   # Mailgun may repeat a body
-        else:
-            files.append({"field": name, "filename": header.get_filename(),
-                          "type": header.get_content_type(), "content": content})
-    charsets = json_in(b"".join(texts.get("charsets", [])).decode("latin-1"))
-    for name, contents in texts.items():
-        value: Any = b"\n".join(contents)
-        if name not in RAW_FIELDS:
-            value = form_text(name, value, at(charsets, name))
-        *branches, leaf = name.replace("]", "").split("[", 4)[:4]
-        branch: Any = form
-        for key in branches:
-            inner = branch.setdefault(key, {})
-            branch = inner if isinstance(inner, dict) else {}
-        branch[leaf] = value
-    form["files"] = files
-    return form
-
-
-def form_text(name: str, content: bytes, charset: Any) -> str:
-    """A field's text. SendGrid: what does not fit its charset stands in the headers too."""
-    if name in FROM_HEADERS and isinstance(charset, str):
-        with contextlib.suppress(LookupError, ValueError):
-            return content.decode(codec_of(charset))
-        return ""
-    return decode(content, charset if isinstance(charset, str) else None)
 
 
 def read(post: Post, own_providers: Callable[[], list[tuple[str, Row]]]) -> Reading:
@@ -664,54 +524,189 @@ def read(post: Post, own_providers: Callable[[], list[tuple[str, Row]]]) -> Read
     fields = fields_of(post.content_type, post.body)
     if isinstance(fields, bytes):
         return Reading("raw", [fields], mail_of_mime)
-    cut, is_json = fields.cut, fields.is_json
-    if "TopicArn" in fields and fields.get("Type") == "Notification":   # SNS: it is inside
-        fields = Fields(json_in(fields.get("Message")) or {"notificationType": "no JSON"})
-    for provider in PROVIDERS:
-        if provider.key in fields and provider.when(fields):
-            to_mail = functools.partial(mail_of, provider)
-            if provider.members is None:
-                return Reading(provider.name, [fields], to_mail, cut=cut)
-            members, notice = provider.members(fields), f"{provider.name} posted no mail"
-            return Reading(provider.name, members, to_mail, True, notice, cut=cut)
-    is_canonical = {"from", "message_id"} <= fields.keys()
-    for name, paths in () if is_canonical else own_providers():
-        if has(fields, paths.get("from")) and has(fields, paths.get("message_id")):
-            to_mail = functools.partial(mail_of, Provider(name, "", fields=paths))
-            return Reading(name, [fields], to_mail, cut=cut)
-    if not is_canonical and (notice := notice_in(fields)):
-        return Reading("", [], notice=notice, is_kept="SubscribeURL" in fields)
-    if not is_json:
-        raise Refused(400, "no provider known posts such a form or list; expected an object")
-    if fields and not CANONICAL & fields.keys():
-        raise Refused(422, (
-            "no known provider posts this; it is kept: describe it in the table `provider`, then "
-            "`inbound rejected replay`, or send the canonical body (`from`, `message_id`, …)"))
-    return Reading("canonical", [fields], canonical_mail, cut=cut)
+    provider = provider_of(fields, own_providers)
+    if provider is None:
+        if notice := notice_in(fields):
+            return Reading("", [], notice=notice, is_kept="SubscribeURL" in fields)
+        if not fields.is_object:
+            raise Refused(400, "no provider known posts such a form, list or value; "
+                               "expected a JSON object")
+        if fields and not CANONICAL.keys() & fields.keys():
+            raise Refused(422, "no known provider posts this; it is kept: describe it in the "
+                               "table `provider`, then `inbound rejected replay`, or send the "
+                               "canonical body (`from`, `message_id`, …)")
+        provider = CANONICAL_BODY
+    members = members_of(provider, fields) if provider.batch else [fields]
+    return Reading(provider.name, members, functools.partial(mail_of, provider),
+                   is_batch=bool(provider.batch), cut=fields.cut,
+                   notice=f"{provider.name} posted no mail")
 
 
-def at(value: Any, path: Any) -> Any:
-    """What stands at a path like `a.b.0`, through JSON text too, or None.
+def fields_of(content_type: str, body: bytes) -> Fields | bytes:
+    """Take a body apart; Refused 400: not decodable, 415: no type that mail comes in."""
+    header = content_headers([["Content-Type", clean(content_type) or "application/json"]])
+    kind = header.get_content_type()
+    if kind in ("message/rfc822", "message/global"):    # RFC 6532: the same in UTF-8
+        if not re.search(rb"\S", body):
+            raise Refused(400, f"the {kind} is empty; expected a mail")
+        return body
+    if kind == "multipart/form-data":
+        parts = split_parts(memoryview(body), header.get_boundary() or "", MAX_FIELDS)
+        return form_of(parts, multipart_field)
+    is_json = kind.endswith(("/json", "+json"))
+    if not is_json and kind not in ("text/plain", FORM):
+        # As it was sent, and whole: a secret in it is starred out in its own spelling.
+        raise Refused(415, f"content type {clean(content_type)!r} carries no mail; "
+                           "expected application/json")
+    if not is_json and not re.match(rb"(?:\xef\xbb\xbf)?\s*[{\[]", body):
+        if HEADER_START.match(body):
+            return body
+        if kind == FORM:
+            return form_of(body.split(b"&", MAX_FIELDS), url_encoded_field)
+    return parse_json(body)
+
+
+FormField = tuple[str, "Row | None", bytes]         # name, what tells of a file, content
+
+
+def multipart_field(part: memoryview) -> FormField:
+    """A field of multipart/form-data (RFC 7578); a file, too, where it has no name."""
+    headers, content = MimeReader().head_of(part)
+    header = content_headers(headers)
+    name = str(header.get_param("name", "", "content-disposition"))
+    is_file = header.get_filename() is not None or header.get_content_maintype() != "text"
+    value = bytes(content)
+    return name, file_of(header, value) if is_file else None, value
+
+
+def url_encoded_field(pair: bytes) -> FormField:
+    """A field of a form; a bare name is a field without a value.
+
+    Percent-encoding is quoted-printable with another sign. We do not use urllib: it makes an
+    object of each escape, 17 times the size.
+    """
+    quoted = pair.replace(b"+", b" ").replace(b"=", b"%3D").replace(b"%", b"=")
+    name, _, value = binascii.a2b_qp(quoted).partition(b"=")
+    return decode(name, None), None, value
+
+
+def form_of(pieces: list[Any], field_of: Callable[[Any], FormField]) -> Fields:
+    """The fields of a form by name, its files in `files`.
+
+    `envelope[to]` and `attachments[0][filename]` become objects, as their senders mean them.
+    """
+    form = Fields()
+    files = []
+    texts: dict[str, list[bytes]] = {}
+    for piece in pieces[:MAX_FIELDS]:
+        name, file, content = field_of(piece)
+        if file:
+            files.append(file | {"field": name})
+        else:
+            texts.setdefault(name, []).append(content)      # Mailgun may repeat a body
+    charsets = json_in(b"".join(texts.get("charsets", [])).decode("latin-1"))
+    for name, contents in texts.items():
+        *branches, leaf = name.replace("]", "").split("[", 4)[:4]
+        branch: Row = form
+        for key in branches:
+            inner = branch.setdefault(key, {})
+            branch = inner if isinstance(inner, dict) else {}
+        branch[leaf] = form_value(name, b"\n".join(contents), charsets)
+    form["files"] = files
+    if len(pieces) > MAX_FIELDS:
+        form.cut = f"more than {MAX_FIELDS} fields"
+    return form
+
+
+def form_value(name: str, content: bytes, charsets: Any) -> str | bytes:
+    """A field's text. SendGrid: what does not fit its charset stands in the headers too."""
+    if name in RAW_FIELDS:
+        return content
+    charset = str(at(charsets, name) or "utf-8")
+    if charsets and name in FROM_HEADERS:
+        with contextlib.suppress(LookupError, ValueError):
+            return content.decode(codec_of(charset))
+        return ""
+    return decode(content, charset)
+
+
+def parse_json(body: bytes) -> Fields:
+    """The object in `body`, or else its value as `events`; strict UTF-8, Refused 400.
+
+    We do not give json.loads the bytes: it guesses UTF-16 and lets lone surrogates through.
+    """
+    try:
+        text = body.decode("utf-8-sig")
+        within = within_json_budget(text)
+        value = json.loads(within, parse_constant=int)      # int("NaN") raises
+    except (ValueError, RecursionError) as error:           # UnicodeDecodeError is the former
+        reason = f"the body is not JSON in UTF-8: {printable(str(error))[:200]}"
+        raise Refused(400, reason) from None
+    is_object = isinstance(value, dict)
+    if is_object and "TopicArn" in value:       # SNS: what was published is inside
+        value = json_in(value.get("Message")) or value
+    fields = Fields(value if isinstance(value, dict) else {"events": value})
+    fields.is_object = is_object
+    fields.cut = "" if within is text else f"more than {MAX_VALUES} values in the JSON"
+    return fields
+
+
+def within_json_budget(text: str) -> str:
+    """A JSON text itself, or as much of its beginning as MAX_VALUES allows, closed properly.
+
+    Python takes up to 60 bytes for each of the 3 in `[],`.
+    """
+    if sum(text.count(mark) for mark in '[{"') < MAX_VALUES:
+        return text
+    closers: list[str] = []
+    values = 0
+    is_string = False
+    for found in JSON_MARK.finditer(text):
+        mark = found[0]
+        if mark == '"':
+            is_string = not is_string
+            values += is_string
+        elif is_string:
+            continue
+        elif mark in CLOSERS:
+            closers.append(CLOSERS[mark])
+            values += 1
+        elif mark == "," and values > MAX_VALUES:
+            return text[:found.start()] + "".join(reversed(closers))
+        elif mark in "]}" and closers:
+            closers.pop()
+    return text
+
+
+def json_in(text: Any, pairs: Callable[[Any], Any] | None = None) -> Any:
+    """The JSON object or list in a field of text; {} where there is none.
+
+    `pairs` makes another thing than a dict of an object's (name, value) pairs.
+    """
+    if isinstance(text, str) and text.lstrip()[:1] in ("{", "["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(within_json_budget(text), object_pairs_hook=pairs)
+    return {}
+
+
+def at(value: Any, path: Any, missing: Any = None) -> Any:
+    """What stands at a path like `a.b.0`, through JSON text too; the path "" is here.
 
     Of a tuple of paths the first that holds something.
     """
     if isinstance(path, tuple):
-        found = [at(value, each) for each in path]
-        return next((each for each in found if each not in (None, "", [], {})), None)
-    for step in path.split(".") if path else ():
-        value = json_in(value) if isinstance(value, str) else value
+        return next(filter(None, [at(value, each) for each in path]), missing)
+    if path is None:
+        return missing
+    for step in filter(None, path.split(".")):
+        if isinstance(value, str):
+            value = json_in(value)
         if isinstance(value, list):
-            value = value[int(step)] if step.isdigit() and int(step) < len(value) else None
-        else:
-            value = value.get(step) if isinstance(value, dict) else None
-    return value if path else None
-
-
-def has(value: Any, path: str | None) -> bool:
-    """Whether something, if only null, stands at a path."""
-    place, _, name = (path or "").rpartition(".")
-    value = at(value, place) if place else value
-    return name in value if isinstance(value, dict) else at(value, name) is not None
+            value = {str(place): item for place, item in enumerate(value)}
+        if not isinstance(value, dict) or step not in value:
+            return missing
+        value = value[step]
+    return value
 
 
 def items_of(value: Any) -> list[Any]:
@@ -719,7 +714,9 @@ def items_of(value: Any) -> list[Any]:
     if isinstance(value, dict) and all(
             key.isdigit() or isinstance(value[key], dict) for key in value):
         return [*value.values()]
-    return value if isinstance(value, list) else [value] if value else []
+    if isinstance(value, list):
+        return value
+    return [value] if value else []
 
 
 # -----------------------------------------------------------------------------------------
@@ -729,100 +726,91 @@ def items_of(value: Any) -> list[Any]:
 # megabyte of short lines, and ends the headers at the first line that is none. Here regular
 # expressions cut views of the same bytes; email.message reads the parameters.
 
+# The first two match everywhere, if only nothing, or the end.
 MBOX = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:>?From [^\n]*\n)*")
-BLANK_LINE = re.compile(rb"(?m)^[ \t]*\r?(?:\n|\Z)")
-TRANSFER_CODECS = {"quoted-printable": "quopri", "x-uuencode": "uu", "uuencode": "uu"}
-
-
-class MimeReader:
-    """One walk over a raw mail; `cut` names the first bound that it went past."""
-
-    def __init__(self) -> None:
-        self.parts, self.lines, self.size = MAX_PARTS, MAX_HEADER_LINES, MAX_HEADER_BYTES
-        self.cut = ""
-        self.charset: str | None = None         # of the first text
-        self.texts: dict[str, list[str]] = {"text/plain": [], "text/html": []}
-        self.attachments: list[Row] = []
-
-    def head_of(self, content: memoryview) -> tuple[Headers, memoryview]:
-        """Headers, values as Latin-1 with folds, and body. A line of blanks is an end too."""
-        found = BLANK_LINE.search(content)
-        start, end = found.span() if found else (len(content), len(content))
-        head = bytes(content[:min(start, self.size)]).decode("latin-1").strip("\r\n")
-        lines = re.split(r"\r?\n(?![ \t])", head, self.lines + 1)
-        if start > self.size or len(lines) > self.lines:
-            self.cut = self.cut or f"over {MAX_HEADER_LINES} lines or 256 KB of headers"
-        headers = []
-        for line in lines[:self.lines]:
-            name, colon, value = line.partition(":")    # RFC 5322 4.5: blanks before the colon
-            if colon and re.fullmatch(r"[!-9;-~]+[ \t]*", name):
-                headers.append([name.strip(), value.strip()])
-            elif line.strip():
-                headers.append(["X-Malformed", line.strip()])
-        self.size -= min(start, self.size)
-        self.lines -= len(headers)
-        return headers, content[end:]
-
-    def walk(self, headers: Headers, body: memoryview, default: str = "text/plain",
-             depth: int = 0) -> None:
-        """Collect the texts and attachments of a part and all that is in it."""
-        fields = content_headers(headers)
-        fields.set_default_type(default)
-        kind = fields.get_content_type()
-        parts = []
-        if kind[:10] == "multipart/" and depth < MAX_DEPTH:
-            parts = split_parts(body, fields.get_boundary() or "", self.parts)
-        elif kind[:10] == "multipart/":
-            self.cut = self.cut or f"more than {MAX_DEPTH} multiparts inside each other"
-        # RFC 2046 5.1.5: what a digest holds is a mail unless it says otherwise.
-        default = "message/rfc822" if kind == "multipart/digest" else "text/plain"
-        for part in parts:
-            self.parts -= 1
-            if self.parts < 0:
-                self.cut = self.cut or f"more than {MAX_PARTS} parts"
-                break
-            self.walk(*self.head_of(part), default, depth + 1)
-        if not parts:
-            self.add(fields, kind, transfer_decoded(fields, body))
-
-    def add(self, fields: email.message.Message, kind: str, content: bytes) -> None:
-        is_text = kind in self.texts or kind[:10] == "multipart/"
-        is_inline = is_text and fields.get_content_disposition() != "attachment"
-        if is_inline and fields.get_filename() is None:
-            self.charset = self.charset or fields.get_content_charset()
-            text = decode(content, fields.get_content_charset())
-            self.texts["text/html" if kind == "text/html" else "text/plain"].append(text)
-        else:
-            self.attachments.append({
-                "filename": fields.get_filename(), "type": kind, "content": content,
-                "cid": fields.get("Content-ID"),
-                "inline": is_inline and decode(content, fields.get_content_charset())})
+END_OF_HEAD = re.compile(rb"(?m)^[ \t]*\r?\n|\Z")           # a line of blanks is an end too
+HEADER_LINE = re.compile(r"(?s)\A(?:([!-9;-~]+)[ \t]*:)?(.*)")  # RFC 5322 4.5: blanks before it
+SHOWN = re.compile("text/(?:plain|html)|multipart/.*")      # that is, as far as it is inline
 
 
 def mail_of_mime(content: bytes) -> Mail:
-    """The canonical dict of a raw mail."""
+    """The canonical dict of a raw mail; what stands in its headers is left there."""
     if b"\n" not in content:
         content = content.replace(b"\r", b"\n")
+    start = next(MBOX.finditer(content)).end()
     reader = MimeReader()
-    raw_headers, body = reader.head_of(memoryview(content)[end_of_mbox_lines(content):])
-    reader.walk(raw_headers, body)
-    headers = [[name, header_text(value, reader.charset)] for name, value in raw_headers]
-    mail: Mail = {name.lower(): value for name, value in reversed(headers)}
-    text, markup = ("\n".join(pieces) for pieces in reader.texts.values())
-    if not text and not markup:         # RFC 2183 2.1: inline is shown, named or not
-        text = next((item["inline"] for item in reader.attachments if item["inline"]), "")
-    mail = {name: mail.get(name) for name in FROM_HEADERS} | {
-        "text": text, "html": markup, "attachments": reader.attachments, "headers": headers,
-        "message_id": mail.get("message-id"), "envelope": {"from": return_path(headers)}}
+    raw_headers, body = reader.head_of(memoryview(content)[start:])
+    leaves = [*reader.leaves(raw_headers, body)]
+    inline = [fields for fields, _ in leaves if SHOWN.fullmatch(fields.get_content_type())
+              and fields.get_content_disposition() != "attachment"]
+    # RFC 2183 2.1: inline is shown; a named one when there is no other.
+    texts = [fields for fields in inline if fields.get_filename() is None] or inline
+    text: list[str] = []
+    markup: list[str] = []
+    attachments = []
+    for fields, part in leaves:
+        decoded = transfer_decoded(fields, part)
+        if fields in texts:
+            pieces = markup if fields.get_content_type() == "text/html" else text
+            pieces.append(decode(decoded, fields.get_content_charset()))
+        else:
+            attachments.append(file_of(fields, decoded))
+    charset = next(filter(None, [fields.get_content_charset() for fields in texts]), None)
+    headers = [[name, header_text(value, charset)] for name, value in raw_headers]
+    mail: Mail = {"headers": headers, "text": "\n".join(text), "html": "\n".join(markup),
+                  "attachments": attachments}
     if reader.cut:
-        mail |= {"whole": (reader.cut, "message.eml", "message/rfc822", content),
-                 "seed": hashlib.sha256(body).hexdigest()}
+        mail["whole"] = (reader.cut, "message.eml", "message/rfc822", content)
     return mail
 
 
-def end_of_mbox_lines(content: bytes) -> int:
-    found = MBOX.match(content)
-    return found.end() if found else 0
+@dataclass
+class MimeReader:
+    """One walk over a raw mail; `cut` names a bound of its budget that it went past."""
+
+    parts: int = MAX_PARTS              # how much is left
+    lines: int = MAX_HEADER_LINES
+    size: int = MAX_HEADER_BYTES
+    cut: str = ""
+
+    def head_of(self, content: memoryview) -> tuple[Headers, memoryview]:
+        """Headers, values with their folds, and body. Bytes that are no UTF-8 are surrogates."""
+        start, end = next(END_OF_HEAD.finditer(content)).span()
+        size = min(start, self.size)
+        head = str(content[:size], "utf-8", "surrogateescape").strip("\r\n")
+        lines = re.split(r"\r?\n(?![ \t])", head, self.lines + 1)
+        if start > size or len(lines) > self.lines:
+            self.cut = f"over {MAX_HEADER_LINES} lines or 256 KB of headers"
+        headers = []
+        for line in filter(str.strip, lines[:self.lines]):
+            [(name, value)] = HEADER_LINE.findall(line)
+            headers.append([name or "X-Malformed", value.strip()])
+        self.size -= size
+        self.lines -= len(headers)
+        return headers, content[end:]
+
+    def leaves(self, headers: Headers, body: memoryview, default: str = "text/plain",
+               depth: int = 0) -> Iterator[tuple[email.message.Message, memoryview]]:
+        """(Content- headers, body) of all that is in a part and holds no parts itself."""
+        fields = content_headers(headers)
+        fields.set_default_type(default)
+        parts: list[memoryview] = []
+        if fields.get_content_maintype() == "multipart":
+            parts = split_parts(body, fields.get_boundary() or "", self.parts)
+        if parts and depth == MAX_DEPTH:
+            self.cut = f"more than {MAX_DEPTH} multiparts inside each other"
+            parts = []
+        if not parts:
+            yield fields, body
+        # RFC 2046 5.1.5: what a digest holds is a mail unless it says otherwise.
+        is_digest = fields.get_content_type() == "multipart/digest"
+        default = "message/rfc822" if is_digest else "text/plain"
+        for part in parts:
+            if not self.parts:
+                self.cut = f"more than {MAX_PARTS} parts"
+                break
+            self.parts -= 1
+            yield from self.leaves(*self.head_of(part), default, depth + 1)
 
 
 def split_parts(content: memoryview, boundary: str, most: int) -> list[memoryview]:
@@ -830,20 +818,21 @@ def split_parts(content: memoryview, boundary: str, most: int) -> list[memoryvie
 
     The line end before a boundary is the boundary's. A missing last line ends nothing.
     """
-    delimiter = b"--" + re.escape(boundary.encode("latin-1", "replace"))
     parts: list[memoryview] = []
-    start = -1
-    for found in re.finditer(delimiter + rb"(--)?[ \t]*\r?(?:\n|\Z)", content) if boundary else ():
-        end = found.start()
-        if end and content[end - 1:end] != b"\n":
-            continue
-        if start >= 0:
-            end -= 2 if content[end - 2:end] == b"\r\n" else 1
-            parts.append(content[start:max(start, end)])
+    start = 0
+    mark = b"--" + re.escape(boundary.encode("utf-8", "replace"))
+    # It begins with the mark itself, which re then looks for in C.
+    line = rb"%b(?<![^\n]%b)(--)?[ \t]*\r?(?:\n|\Z)" % (mark, mark)
+    for found in re.finditer(line, content) if boundary else ():
+        if start:
+            end = found.start() - 1
+            parts.append(content[start:end - (content[end - 1:end] == b"\r")])
         start = found.end()
         if found[1] or len(parts) > most:
             return parts
-    return parts if start < 0 else [*parts, content[start:]]
+    if start:
+        parts.append(content[start:])
+    return parts
 
 
 def content_headers(headers: Headers) -> email.message.Message:
@@ -852,41 +841,40 @@ def content_headers(headers: Headers) -> email.message.Message:
     for name, value in headers:
         if name[:8].lower() == "content-":
             value = CONTROLS.sub(" ", header_text(value, None)).strip()
-            if len(value) > 9999 or value.count(";") > 99:  # email's parameters are quadratic
-                value = value[:9999].partition(";")[0]
-            fields[name] = value
+            # Its parameters are read in quadratic time.
+            fields[name] = ";".join(value[:9999].split(";")[:99])
     return fields
 
 
+def file_of(fields: email.message.Message, content: Any) -> Row:
+    """An attachment, as `attachments` holds it, of a part with these headers."""
+    return {"filename": fields.get_filename(), "type": fields.get_content_type(),
+            "cid": fields.get("Content-ID"), "content": content}
+
+
 def header_text(value: str, charset: str | None) -> str:
-    """A header's 8-bit bytes, here as Latin-1, in UTF-8 or else the charset of the body."""
-    is_bytes = not value.isascii() and max(value) <= "\xff"
-    return decode(value.encode("latin-1"), "utf-8", charset) if is_bytes else value
+    """A header's value; bytes in it that are no UTF-8 are in the charset of the body."""
+    if value.isascii():
+        return value
+    return decode(value.encode("utf-8", "surrogateescape"), "utf-8", charset)
 
 
 def transfer_decoded(fields: email.message.Message, content: memoryview) -> bytes:
     """A part's content without its transfer encoding (RFC 2045 6); what is broken as it is."""
-    name = str(fields.get("Content-Transfer-Encoding", "")).strip().lower()
+    encoding = str(fields.get("Content-Transfer-Encoding")).lower()
     with contextlib.suppress(ValueError):
-        if name == "base64":
+        if encoding == "base64":
             return base64_decoded(content)
-        if name in TRANSFER_CODECS:
-            return codecs.decode(content, TRANSFER_CODECS[name])
+        if encoding == "quoted-printable":
+            return binascii.a2b_qp(content)
     return bytes(content)
 
 
-def base64_decoded(content: memoryview) -> bytes:
-    """RFC 2045 6.8: what is no base64 does not count; an end that is missing is cut off."""
+def base64_decoded(content: bytes | memoryview) -> bytes:
+    """RFC 2045 6.8: what is no base64 does not count; an end that is missing is made up."""
     with contextlib.suppress(binascii.Error):
-        return binascii.a2b_base64(content)
-    letters = re.sub(rb"[^A-Za-z0-9+/]", b"", content)
-    return binascii.a2b_base64(letters[:len(letters) - (len(letters) % 4 == 1)] + b"===")
-
-
-def return_path(headers: Headers) -> str | None:
-    """MAIL FROM as the last server wrote it: only the first header can be its, none below it."""
-    is_first = headers and headers[0][0].lower() == "return-path" and headers[0][1].strip()
-    return headers[0][1] if is_first else None
+        return binascii.a2b_base64(b"".join([content, b"==="]))
+    return binascii.a2b_base64(b"".join([content, b"A=="]))
 
 
 # -----------------------------------------------------------------------------------------
@@ -894,8 +882,15 @@ def return_path(headers: Headers) -> str | None:
 # thing is one table; what is odd about one is a function, `mend`. Where the mail lies deeper
 # in the post, `place` is the path. A post with the whole mail (`raw`) is read from that alone.
 
-CANONICAL = {"from", "from_name", "subject", "text", "html", "message_id", "in_reply_to",
-             "references", "headers", "envelope", "to", "cc", "attachments"}
+# Canonical name → what it has to be, in words and in types. A number is a string, too.
+CANONICAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("from", "from_name", "subject", "text", "html", "message_id"),
+                    ("a string", str)),
+    **dict.fromkeys(("to", "cc", "in_reply_to", "references"),
+                    ("a string or a list", str, list)),
+    "headers": ("an object of names and values", dict, list, str),
+    "envelope": ("an object whose `from` is a string or null", dict),
+    "attachments": ("a list of objects", list)}
 # Canonical name, or header (with a capital) → what providers call it, in lower case and without
 # punctuation; of several the first that holds something.
 SPELLINGS = {name: tuple(words.split()) for name, words in {
@@ -906,25 +901,27 @@ SPELLINGS = {name: tuple(words.split()) for name, words in {
     "html": "htmlbody rawhtmlbody htmlpart bodyhtml html body.html parseddata.htmlBody",
     "message_id": "messageid", "In-Reply-To": "inreplyto", "References": "references",
     "headers": "messageheaders customheaders headerlines headers parseddata.headers",
-    "verdict": "spamscore spamstatus spamreport.score spamassassinscore isspam "
-               "receipt.dmarcVerdict.status",
     "Date": "date sentatdate", "Reply-To": "replyto", "Auto-Submitted": "autosubmitted",
     "X-Postal-Bounce": "bounce",
 }.items()}
+VERDICT = ("spamscore", "spamstatus", "spamreport.score", "spamassassinscore", "isspam",
+           "receipt.dmarcVerdict.status")
 FILES = ("files", "attachments", "images", "inlines", "embeddedmedia", "parseddata.attachments")
 
 
 @dataclass(frozen=True)
 class Provider:
-    """How a provider posts mail; `key` is a field that each of its posts has."""
+    """How a provider posts mail."""
 
     name: str
-    key: str
-    when: Callable[[Row], Any] = bool
-    place: str = ""                                     # path of the mail in a post
-    envelope_from: str = ""                             # path of MAIL FROM
-    raw: str = ""                                       # path of the whole mail
-    members: Callable[[Row], list[Any]] | None = None   # the mails of a batch
+    keys: str                           # the fields that each of its posts has …
+    mark: str = ""                      # … the value of the first, where only that tells it …
+    when: Callable[[Fields], Any] = bool    # … and what else has to hold
+    batch: str = ""                     # path of the list, where it posts several mails …
+    member: str = ""                    # … and of the mail in each of its items
+    place: str | None = ""              # path of the mail; None: it has nothing but `fields`
+    envelope_from: str = ""             # path of MAIL FROM
+    raw: str = ""                       # path of the whole mail
     mend: Callable[[Row, Mail], Any] | None = None      # (post, what was found in it)
     fields: Row = field(default_factory=dict)           # canonical name → path, if another
 
@@ -933,22 +930,25 @@ def squeezed(name: str) -> str:
     return re.sub("[^a-z0-9]", "", name.lower())
 
 
+def spelled(value: Any) -> Row:
+    """An object by its squeezed names; what is no object has none."""
+    return {squeezed(name): value[name] for name in value} if isinstance(value, dict) else {}
+
+
 def mend_mailgun(post: Row, mail: Mail) -> None:
     """{content-id: field} has keys that repeat; json.loads would keep the last."""
-    pairs: list[Any] = []
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
-        json.loads(str(post.get("content-id-map"))[:HEAVY], object_pairs_hook=pairs.extend)
-    names = {field: key for key, field in pairs if isinstance(field, str)}
-    for file in post.get("files", ()):
-        file["cid"] = names.get(file["field"])
+    pairs = json_in(post.get("content-id-map"), pairs=list)
+    names = {str(pair[1]): pair[0] for pair in pairs if isinstance(pair, tuple)}
+    for file in mail["attachments"]:
+        file["cid"] = names.get(str(file.get("field")))
 
 
 def mend_sendgrid(post: Row, mail: Mail) -> None:
     infos = json_in(post.get("attachment-info"))
-    for file in post.get("files", ()):
-        info = at(infos, file["field"])
-        file["cid"] = at(info, "content-id")
-        file["filename"] = file["filename"] or at(info, ("filename", "name"))
+    for file in mail["attachments"]:
+        info = at(infos, file.get("field"))
+        if isinstance(info, dict):      # the file's content stands in the file alone
+            file |= {**info, "content": file.get("content")}
 
 
 def mend_postal(post: Row, mail: Mail) -> None:     # what strip_replies cut off is put back
@@ -962,119 +962,113 @@ def mend_mailjet(post: Row, mail: Mail) -> None:    # names in one place, conten
         place = at(part, "ContentRef")      # a part that holds parts has none
         if isinstance(place, str) and place not in ("Text-part", "Html-part"):
             fields = content_headers(raw_headers_of(part.get("Headers"), {}))
-            mail["attachments"].append({
-                "filename": fields.get_filename(), "type": fields.get_content_type(),
-                "cid": fields.get("Content-ID"), "content": post.get(place)})
+            mail["attachments"].append(file_of(fields, post.get(place)))
 
 
 def mend_mox(post: Row, mail: Mail) -> None:
-    mail["attachments"] = named_parts(post.get("Structure"))
+    mail["attachments"] = [*named_parts(post.get("Structure"))]
     if at(post, "Meta.Automated") is True:
         mail["Auto-Submitted"] = "auto-generated"
 
 
-def named_parts(part: Any) -> list[Any]:
-    inner = [each for part in items_of(at(part, "Parts")) for each in named_parts(part)]
-    return [part] if at(part, "Filename") else inner
+def named_parts(part: Any) -> Iterator[Row]:
+    if at(part, "Filename"):
+        yield part
+    for inner in items_of(at(part, "Parts")):
+        yield from named_parts(inner)
 
 
+# The canonical body (SPEC 2): what is unknown in it is not looked at.
+CANONICAL_BODY = Provider(
+    "canonical", "from message_id", when=lambda post: post.is_object, place=None,
+    fields={name: name for name in CANONICAL})
 PROVIDERS = (
+    # Postal. Requires: an HTTP endpoint. Authenticates by: ?secret= or Basic. Answers: 2xx;
+    # 4xx bounces, 5xx is tried again. Configure: Routing › HTTP endpoints. It has all that the
+    # canonical body needs, and so stands before it.
+    Provider("Postal", "rcpt_to mail_from", envelope_from="mail_from", raw="message",
+             mend=mend_postal),
+    CANONICAL_BODY,
     # Mandrill. Requires: an inbound domain. Authenticates by: ?secret=. Answers: 200, else
     # tried again. Configure: Inbound › Domains › Routes. It probes the URL with HEAD first.
-    Provider("Mandrill", "mandrill_events", raw="raw_msg",
-             when=lambda post: isinstance(json_in(post["mandrill_events"]), list),
-             members=lambda post: [
-                 at(event, "msg") for event in json_in(post["mandrill_events"])
-                 if at(event, "event") in (None, "inbound") and at(event, "type") is None]),
+    Provider("Mandrill", "mandrill_events", batch="mandrill_events", member="msg",
+             raw="raw_msg"),
     # Mailgun. Requires: a route. Authenticates by: ?secret=. Answers: 200; 406 is final, all
     # else tried again for 8 h. Configure: Receiving › Routes › forward(). A URL that ends in
     # `mime` gets the whole mail.
-    Provider("Mailgun", "timestamp", envelope_from="sender", raw="body-mime", mend=mend_mailgun,
-             when=lambda post: "signature" in post and {"body-mime", "message-headers"} & {*post}),
+    Provider("Mailgun", "timestamp token signature", when=lambda post: "event" not in post,
+             envelope_from="sender", raw="body-mime", mend=mend_mailgun),
     # SendGrid. Requires: Inbound Parse. Authenticates by: ?secret= or Basic. Answers: 2xx; 5xx
     # is tried again for 3 days, 4xx is final. Configure: Settings › Inbound Parse.
-    Provider("SendGrid", "envelope", envelope_from="envelope.from", raw="email",
-             mend=mend_sendgrid,
-             when=lambda post: isinstance(post["envelope"], str) and "message_id" not in post),
+    Provider("SendGrid", "envelope", when=lambda post: isinstance(post["envelope"], str),
+             envelope_from="envelope.from", raw="email", mend=mend_sendgrid),
     # CloudMailin. Requires: an address. Authenticates by: Basic or ?secret=. Answers: 2xx; 4xx
     # bounces the mail, 5xx lets the sender's server try again. Configure: the target.
     Provider("CloudMailin", "envelope", envelope_from="envelope.from", raw="message",
              when=lambda post: isinstance(post["envelope"], dict) and not (
                  {"from", "text", "message_id"} & {*post})),
     # Its deprecated multipart format "original".
-    Provider("CloudMailin", "message", envelope_from="from", raw="message",
-             when=lambda post: isinstance(post["message"], bytes) and "plain" in post),
-    # Postal. Requires: an HTTP endpoint. Authenticates by: ?secret= or Basic. Answers: 2xx;
-    # 4xx bounces, 5xx is tried again. Configure: Routing › HTTP endpoints.
-    Provider("Postal", "rcpt_to", envelope_from="mail_from", raw="message", mend=mend_postal,
-             when=lambda post: "mail_from" in post),
+    Provider("CloudMailin", "message plain", envelope_from="from", raw="message",
+             when=lambda post: isinstance(post["message"], bytes)),
     # SparkPost. Requires: a relay webhook. Authenticates by: ?secret=, Basic or a custom
     # header. Answers: 200, else tried again. Configure: POST /api/v1/relay-webhooks.
-    Provider("SparkPost", "events", place="content", envelope_from="msg_from",
-             raw="content.email_rfc822", fields={"from": "friendly_from"},
-             when=lambda post: any(at(event, "msys") is not None for event in post["events"]),
-             members=lambda post: [
-                 at(event, "msys.relay_message") for event in post["events"]
-                 if at(event, "msys.relay_message") is not None or at(event, "msys") is None]),
+    Provider("SparkPost", "events", batch="events", member="msys.relay_message",
+             when=lambda post: any(at(event, "msys") is not None
+                                   for event in items_of(post["events"])),
+             place="content", envelope_from="msg_from", raw="content.email_rfc822",
+             fields={"from": "friendly_from"}),
     # Amazon SES. Requires: a receipt rule whose SNS action carries the mail (150 KB at most).
     # Authenticates by: ?secret= or Basic. Answers: 200; 5xx is tried again. Configure: an
     # HTTPS subscription, then open the SubscribeURL that `inbound rejected` shows.
-    Provider("Amazon SES", "notificationType", envelope_from="mail.source", raw="content",
-             when=lambda post: post["notificationType"] == "Received" and "content" in post),
+    Provider("Amazon SES", "notificationType content", "Received",
+             envelope_from="mail.source", raw="content"),
     # SocketLabs. Requires: `account set validation_key=…`, and its Secret Key as our secret.
     # Authenticates by: SecretKey in the body. Answers: 200, always with the Validation Key.
     # Configure: Inbound API › the URL as it is.
-    Provider("SocketLabs", "InboundMailFrom", place="Message", envelope_from="InboundMailFrom",
-              when=lambda post: "Message" in post),
+    Provider("SocketLabs", "InboundMailFrom Message", place="Message",
+             envelope_from="InboundMailFrom"),
     # Postmark. Requires: an inbound stream. Authenticates by: ?secret= or Basic. Answers: 200;
     # all but 403 is tried again for 10 h. Configure: the stream's webhook. MessageID is its own.
-    Provider("Postmark", "FromFull", raw="RawEmail", fields={"message_id": ""}),
+    Provider("Postmark", "FromFull", raw="RawEmail", fields={"message_id": None}),
     # Brevo. Requires: inbound parsing. Authenticates by: ?secret=, Basic or a header. Answers:
     # 2xx; 4xx is final. Configure: POST /v3/webhooks, type inbound. Of attachments only the
     # names are posted.
-    Provider("Brevo", "items", when=lambda post: "from" not in post,
-             members=lambda post: items_of(post["items"])),
+    Provider("Brevo", "items", batch="items", when=lambda post: "from" not in post),
     # Mailjet. Requires: the Parse API. Authenticates by: ?secret= or Basic. Answers: 200, else
     # tried again. Configure: POST /v3/REST/parseroute with the Url.
-    Provider("Mailjet", "Recipient", envelope_from="Sender", mend=mend_mailjet,
-             when=lambda post: "Sender" in post),
+    Provider("Mailjet", "Recipient Sender", envelope_from="Sender", mend=mend_mailjet),
     # MailerSend. Requires: an inbound route. Authenticates by: ?secret=. Answers: 2xx within
     # 3 s; all else is final. Configure: the route's POST URL. data.id is MailerSend's own.
-    Provider("MailerSend", "type", place="data", envelope_from="data.sender.email",
-             raw="data.raw", when=lambda post: post["type"] == "inbound.message"),
+    Provider("MailerSend", "type", "inbound.message", place="data",
+             envelope_from="data.sender.email", raw="data.raw"),
     # Forward Email. Requires: a webhook as an alias's recipient. Authenticates by: ?secret=.
     # Answers: exactly 200. Configure: the alias.
-    Provider("Forward Email", "session", envelope_from="session.sender",
-             when=lambda post: "headerLines" in post),
+    Provider("Forward Email", "session headerLines", envelope_from="session.sender"),
     # mailparser, the parser of Node's nodemailer, in a script of your own.
     Provider("mailparser", "headerLines"),
     # ImprovMX. Requires: an alias that is a webhook. Authenticates by: ?secret=. Answers: 2xx,
     # else tried three times in all. Configure: the alias's destination.
-    Provider("ImprovMX", "message-id", envelope_from="return-path.email",
-             when=lambda post: "return-path" in post),
+    Provider("ImprovMX", "message-id return-path", envelope_from="return-path.email"),
     # AhaSend. Requires: an inbound route. Authenticates by: ?secret=. Answers: 2xx.
     # Configure: the route's webhook. data.id is AhaSend's own.
-    Provider("AhaSend", "type", place="data",
-             when=lambda post: post["type"] == "message.routing"),
+    Provider("AhaSend", "type", "message.routing", place="data"),
     # Lettermint. Requires: an inbound route. Authenticates by: ?secret=. Answers: 2xx.
     # Configure: the route's webhook. data.message_id is its own.
-    Provider("Lettermint", "event", place="data", fields={"message_id": ""},
-             when=lambda post: post["event"] == "message.inbound"),
+    Provider("Lettermint", "event", "message.inbound", place="data",
+             fields={"message_id": None}),
     # Inbound.new. Requires: an endpoint. Authenticates by: ?secret=. Answers: 2xx. Configure:
     # the endpoint's URL. Attachments are posted by URL.
-    Provider("Inbound.new", "email", place="email",
-             when=lambda post: post.get("event") == "email.received"),
+    Provider("Inbound.new", "event email", "email.received", place="email"),
     # AgentMail. Requires: an inbox. Authenticates by: ?secret=. Answers: 2xx. Configure: a
     # webhook for message.received. Attachments are not in the post.
     Provider("AgentMail", "event_type", place="message",
              when=lambda post: str(post["event_type"]).startswith("message.received")),
     # MailPace. Requires: an inbound endpoint. Authenticates by: ?secret=. Answers: 2xx.
     # Configure: the domain's inbound URL.
-    Provider("MailPace", "raw", raw="raw", when=lambda post: "message_id" not in post),
+    Provider("MailPace", "raw", raw="raw"),
     # mox, a mail server. Requires: an account's incoming webhook. Authenticates by: ?secret=
     # or its Authorization setting. Answers: 200. It posts neither headers nor attachments.
-    Provider("mox", "Meta", envelope_from="Meta.MailFrom", mend=mend_mox,
-             when=lambda post: "MessageID" in post),
+    Provider("mox", "Meta MessageID", envelope_from="Meta.MailFrom", mend=mend_mox),
     # Maileroo. Requires: inbound routing. Authenticates by: ?secret=. Answers: 2xx.
     # Configure: the route's webhook. Attachments are posted by URL.
     Provider("Maileroo", "envelope_sender", envelope_from="envelope_sender"),
@@ -1083,30 +1077,60 @@ PROVIDERS = (
     Provider("Customers Mail Cloud", "server_composition", envelope_from="envelope-from"),
     # mailcast.io. Requires: a route with the fields email and return_path. Authenticates by:
     # ?secret=. Answers: 2xx.
-    Provider("mailcast.io", "return_path", envelope_from="return_path", raw="email",
-             when=lambda post: "email" in post),
+    Provider("mailcast.io", "return_path email", envelope_from="return_path", raw="email"),
     # postal-mime, what a Cloudflare Email Worker posts. Authenticates by: ?secret= or a header.
-    Provider("postal-mime", "headers", envelope_from="returnPath",
-             when=lambda post: isinstance(post.get("from"), dict) and "message_id" not in post),
+    Provider("postal-mime", "headers from", envelope_from="returnPath",
+             when=lambda post: isinstance(post["from"], dict) and "message_id" not in post),
 )
+
+
+def provider_of(fields: Fields, own_providers: Callable[[], list[tuple[str, Row]]]
+                ) -> Provider | None:
+    """Whose post this is: ours are asked first, then the rows of the table."""
+    for provider in PROVIDERS:
+        first, *more = provider.keys.split()
+        if first in fields and fields.keys() >= {*more} and provider.mark in (
+                "", fields[first]) and provider.when(fields):
+            return provider
+    for name, paths in own_providers():
+        if all(at(fields, paths.get(each), fields) is not fields
+               for each in ("from", "message_id")):
+            return Provider(name, "", place=None, fields=paths)
+    return None
+
+
+def members_of(provider: Provider, post: Row) -> list[Any]:
+    """The mails of a batch, without the events among them; Refused 400 for no list.
+
+    What is neither is left for `mail_of` to refuse, by itself.
+    """
+    items = at(post, provider.batch)
+    if isinstance(items, str):
+        items = json_in(items)
+    if not isinstance(items, list):
+        raise Refused(400, f"{provider.batch} is no list of {provider.name}'s")
+    members = [at(item, provider.member, None if isinstance(item, dict) else item)
+               for item in items if at(item, "event") in (None, "inbound")]
+    return [member for member in members if member is not None]
+
 
 # What brings no mail: events, by their names; and what only says that there is a mail.
 EVENT = re.compile(
-    r"(?i)(?:email\.|message\.?)?(?:.*(?:activity|click|complain|contact|deferred|deliver|domain|list_|"
-    r"drop|fail|held|open|process|sent|spam_report|subscri|bounce|track|queued).*|validation)")
+    r"(?i)(?:.*(?:activity|click|complain|contact|deferred|deliver|domain|drop|fail|held|list_|"
+    r"open|process|sent|spam_report|subscri|suppress|bounce|track|queued).*|webhook\..*|"
+    r"validation)")
 METADATA_ONLY = {
-    "Resend": "data.email_id", "Emailit": "data.object", "Mailtrap": "events.0.event",
-    "MailSlurp": "emailId", "Gmail": "subscription", "Nylas": "specversion",
-    "Microsoft Graph": "value.0.subscriptionId"}
+    "Resend": "data.email_id", "Nylas": "specversion", "Emailit": "data.object",
+    "Mailtrap": "events.0.event", "MailSlurp": "emailId", "Gmail": "subscription",
+    "Microsoft Graph": "value.0.subscriptionId",
+    "Amazon SES's S3 action (its SNS action posts the mail)": "receipt"}
 
 
 def notice_in(post: Row) -> str:
     """What a post without a mail is, in words; Refused 422 for one that tells of a mail only."""
     if "SubscribeURL" in post:
         return "an SNS subscription: open the SubscribeURL that `inbound rejected show` prints"
-    if "notificationType" in post and post["notificationType"] == "Received":
-        raise Refused(422, "this SES notice has no `content`: use an SNS action, not S3")
-    name = at(post, ("event", "type", "event_type", "RecordType", "Type", "notificationType",
+    name = at(post, ("event_type", "event", "type", "RecordType", "Type", "notificationType",
                      "event-data.event", "events.0.event"))
     if isinstance(name, str) and ("TopicArn" in post or EVENT.fullmatch(name)):
         return f"an event, no mail: {printable(name)[:80]}"
@@ -1121,44 +1145,23 @@ def mail_of(provider: Provider, post: Any) -> Mail:
     """The canonical dict of a post whose fields live where `provider` says."""
     if not isinstance(post, dict):
         raise ValueError(f"a mail of the batch is {type(post).__name__}, expected an object")
-    found = at(post, provider.place) if provider.place else post if provider.key else {}
-    known = {squeezed(name): value for name, value in found.items()} if isinstance(
-        found, dict) else {}
-    mail: Mail = {name: at(known, paths) for name, paths in SPELLINGS.items()}
-    mail["attachments"] = [file for name in FILES for file in items_of(
-        json_in(at(known, name)) or at(known, name)) if isinstance(file, dict)]
-    mail |= {name: at(post, path) for name, path in provider.fields.items()}
-    if provider.mend:
-        provider.mend(post, mail)
-    if not any(mail.values()) and not provider.raw:
-        raise ValueError("nothing in it reads as a mail")
-    told = {"verdict": str(mail["verdict"] or "")[:500]}
+    known = spelled(at(post, provider.place))
+    raw = raw_mail_of(at(post, provider.raw))
+    if raw:
+        mail = mail_of_mime(raw)
+    else:
+        mail = {name: at(known, paths) for name, paths in SPELLINGS.items()}
+        mail["attachments"] = [file for name in FILES for file in items_of(
+            json_in(at(known, name)) or at(known, name)) if isinstance(file, dict)]
+        mail |= {name: at(post, path) for name, path in provider.fields.items()
+                 if name in CANONICAL}
+        if provider.mend:
+            provider.mend(post, mail)
+        if provider.place is not None and not any(mail.values()):
+            raise ValueError("nothing in it reads as a mail")
+    mail["verdict"] = at(known, VERDICT)
     if provider.envelope_from:
-        told["envelope"] = {"from": at(post, provider.envelope_from)}
-    if raw := raw_mail_of(at(post, provider.raw)):
-        return {"envelope": None} | mail_of_mime(raw) | told
-    headers = raw_headers_of(mail.get("headers"), {})
-    first = {name.lower(): value for name, value in reversed(headers)}
-    for name in [name for name in mail if name[0].isupper()]:
-        value = mail.pop(name)
-        if value and name.lower() not in first:
-            headers += raw_headers_of({name: value}, {})
-    for name in ("from", "to", "cc"):
-        mail[name] = mailbox_texts(mail.get(name)) or first.get(name)
-    mail["subject"] = mail.get("subject") or first.get("subject")
-    mail["message_id"] = first.get("message-id") or mail.get("message_id")
-    return mail | {"headers": headers, "envelope": {"from": return_path(headers)}} | told
-
-
-def canonical_mail(fields: Row) -> Mail:
-    """The canonical body with what harmlessly reads: mailboxes as objects, To in the headers."""
-    mail = {**fields, "verdict": ""}
-    for name in ("from", "to", "cc"):
-        if isinstance(mail.get(name), (dict, list)):
-            mail[name] = mailbox_texts(mail[name]) or mail[name]
-        elif name != "from" and not mail.get(name):
-            headers = raw_headers_of(mail.get("headers"), {})
-            mail[name] = ", ".join(header_values(headers, name))
+        mail["envelope"] = {"from": at(post, provider.envelope_from)}
     return mail
 
 
@@ -1168,43 +1171,28 @@ def raw_mail_of(value: Any) -> bytes:
     if not isinstance(content, bytes):
         return b""
     # No base64 has a colon, and no mail is without one.
-    return content if b":" in content[:2000] else base64_decoded(memoryview(content))
-
-
-def mailbox_texts(value: Any) -> str:
-    """An address header's text, of text, {name, address} in any spelling, or a list of such."""
-    texts = []
-    value = at(value, ("value", "addresses")) or value      # mailparser's, Inbound.new's
-    for item in items_of(value):
-        item = item[0] if isinstance(item, list) and item else item     # Mandrill: [address, name]
-        if isinstance(item, dict):
-            known = {squeezed(name): each for name, each in item.items()}
-            name = str(at(known, ("name", "friendlyname")) or "").translate(UNQUOTED)
-            address = at(known, ("address", "email", "emailaddress"))
-            item = f'"{name}" <{address}>' if address else ""
-        if isinstance(item, str) and item:
-            texts.append(item)
-    return ", ".join(texts)
-
-
-UNQUOTED = str.maketrans({'"': "'", "\\": None})
+    return content if b":" in content[:2000] else base64_decoded(content)
 
 
 # -----------------------------------------------------------------------------------------
 # Normalise: canonical dict → Message. Text is cleaned once, here, and trusted from here on.
 
 # Quoted local parts and address literals are stored, but never written to.
-ADDR_SPEC = re.compile(r'(?:[^\s<>()\[\],;:\\"@]+|"[^"\r\n]+")'
-                       r'@(?:[^\s<>()\[\],;:\\"@]+|\[[^\s\[\]<>]+\])|mailer-daemon', re.I)
-LONE_ADDR_SPEC = re.compile(r'[^@]*?([^\s<>()\[\],;:\\"\'@]+@[^\s<>()\[\],;:\\"\'@]+)[^@]*')
-QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
-NAME_ADDR = re.compile(r'((?:"(?:[^"\\]|\\.)*"|[^"<>])*)<([^<>]*)>\s*(?:\([^()]*\))?')
-MESSAGE_IDS = re.compile(r'<([^<>]+)>|([^\s<>,;"()]+)')
+ADDR_SPEC = (r'(?:[^\s<>()\[\],;:\\"@]+|"[^"\r\n]+")@(?:[^\s<>()\[\],;:\\"@]+|\[[^\s\[\]<>]+\])'
+             "|mailer-daemon")
+QUOTED = r'"(?:[^"\\]|\\.)*"'
+# Name <address>, or address (name). Providers post decoded names without their quotes: in
+# `Doe, John <j@example.org>` the comma is the name's, in `a@example.org, <b@example.org>` not.
+MAILBOX = re.compile(
+    rf'(?<![^>,;)])((?:{QUOTED}|[^"<>,])*|(?:{QUOTED}|[^"<>@])*)<\s*({ADDR_SPEC})\s*>(?:\s*\([^()]*\))?'
+    rf'|({ADDR_SPEC})(?:\s*\(([^()]*)\))?', re.I)
+MESSAGE_IDS = re.compile(r"""<([^<>]+)>|(?<![^\s<>,;"'()])([^\s<>,;"'()@]+@[^\s<>,;"'()]+)""")
 WORD = r"=\?[^?\s]+\?[bq]\?(?:[^=?]|=(?!\?[^=])|\?(?!=))*\?="     # ends before the next `=?`
 WORDS = re.compile(rf"{WORD}(?:\s*{WORD}){{0,99}}", re.I)       # decode_header is quadratic
 CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]+ ?")  # RFC 5322 2.2.3: a fold is a space
 PLAIN = re.compile(r"(?:[ -<>-~]|=(?!\?))*")                    # a value with nothing to do
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+BASE64 = str.maketrans("-_", "+/", " \t\r\n")   # RFC 4648 5; RFC 2045 6.8: no line ends
 
 
 def normalise(mail: Mail, is_strict: bool) -> Message:
@@ -1215,58 +1203,193 @@ def normalise(mail: Mail, is_strict: bool) -> Message:
     """
     faults: Faults = {}
     notes: list[str] = []
-    text, markup, subject, from_name = (text_of(mail, name, faults) for name in (
-        "text", "html", "subject", "from_name"))
+    fields = typed(mail, faults)
     headers = [[one_line(name), one_line(value)]
-               for name, value in raw_headers_of(mail.get("headers"), faults)]
-    attachments = attachments_of(mail.get("attachments"), faults)
-    envelope_from = envelope_sender(mail.get("envelope"), faults)
-    from_count, name, address = author_of(mail, envelope_from, faults, notes)
-    subject = one_line(subject) or "(no subject)"
-    digest = digest_of(address, subject, text, markup, attachments, mail.get("seed"))
-    message_id = message_id_of(mail, digest, headers, faults)
-    for each in ("in_reply_to", "references", "to", "cc"):
-        if not isinstance(mail.get(each), (str, list, type(None))):
-            faults[each] = f"expected a string or a list, not {type(mail[each]).__name__}"
-    sentences = [f"{name}: {fault}" for name, fault in faults.items()]
-    if is_strict and CANONICAL & faults.keys():
-        raise Refused(422, "; ".join(sentences), faults)
+               for name, value in headers_of(mail, fields, is_strict, faults)]
+    envelope_from = envelope_sender(fields["envelope"], faults)
+    from_count, name, address = author_of(fields["from"], envelope_from, faults, notes)
+    subject = one_line(fields["subject"]) or "(no subject)"
+    text, markup = fields["text"], fields["html"]
+    attachments = [attachment_of(item) for item in fields["attachments"][:MAX_PARTS]]
+    if len(fields["attachments"]) > MAX_PARTS:
+        faults["other attachments"] = f"not kept, there are more than {MAX_PARTS}"
+    digest = digest_of(address, subject, text, markup, attachments)
+    message_id = message_id_of(fields["message_id"], digest, headers, faults)
+    notes += [f"{name}: {fault}" for name, fault in faults.items()]
+    if is_strict and CANONICAL.keys() & faults.keys():
+        raise Refused(422, "; ".join(notes), faults)
     if "whole" in mail:
         cut, filename, kind, content = mail["whole"]
         attachments.append(Attachment(filename, kind, "", content))
         notes.append(f"{cut}: the whole of it is attached as {filename}")
-    parents = mail.get("in_reply_to") or header_values(headers, "in-reply-to")
-    references = mail.get("references") or header_values(headers, "references")
+    if not text.strip():
+        text = html_to_text(markup)
+        if len(markup) > MAX_HTML:
+            notes.append(f"the text is made of at most {MAX_HTML} characters of the HTML")
+    parents = fields["in_reply_to"] or header_values(headers, "in-reply-to")
+    references = fields["references"] or header_values(headers, "references")
     return Message(
         message_id=message_id, digest=digest, in_reply_to=ids_of(parents),
         references=ids_of(references), from_address=address, from_count=from_count,
-        from_name=one_line(from_name) or name, envelope_from=envelope_from,
-        to=addresses_of(mail.get("to")), cc=addresses_of(mail.get("cc")), subject=subject,
-        text=text if text.strip() else html_to_text(markup, notes), html=markup or None,
-        headers=headers, notes=notes + sentences, attachments=attachments,
-        verdict=mail.get("verdict", ""))
+        from_name=one_line(fields["from_name"]) or name, envelope_from=envelope_from,
+        to=addresses_of(fields["to"]), cc=addresses_of(fields["cc"]), subject=subject,
+        text=text, html=markup or None, headers=headers, notes=notes,
+        attachments=attachments, verdict=str(mail.get("verdict") or "")[:500])
 
 
-def author_of(mail: Mail, envelope_from: str | None, faults: Faults,
+def typed(mail: Mail, faults: Faults) -> Mail:
+    """The canonical fields of a mail, each of its type: empty where it is null or of another."""
+    fields: Mail = {}
+    for name, (expected, *types) in CANONICAL.items():
+        value = mail.get(name)
+        if name in FROM_HEADERS:
+            value = mailbox_texts(value) or value
+        if types[0] is str and type(value) in (int, float):
+            value = str(value)
+        if isinstance(value, str):
+            value = clean(value)
+        if value is not None and not isinstance(value, tuple(types)):
+            faults[name] = f"expected {expected}, not {type(value).__name__}"
+            value = None
+        fields[name] = value or types[0]()
+    return fields
+
+
+def mailbox_texts(value: Any) -> str:
+    """An address header's text, of text, {name, address} in any spelling, or a list of such."""
+    if isinstance(value, str):
+        return value
+    texts = []
+    for item in items_of(at(value, ("value", "addresses")) or value):
+        if isinstance(item, list):      # Mandrill: [address, name]
+            item = next(iter(item), "")
+        if isinstance(item, dict):
+            known = spelled(item)
+            address = at(known, ("address", "email", "emailaddress"))
+            name = str(at(known, ("name", "friendlyname")) or "")
+            item = f"{json.dumps(name, ensure_ascii=False)} <{address}>" if address else ""
+        if isinstance(item, str):
+            texts.append(item)
+    return ", ".join(filter(None, texts))
+
+
+def headers_of(mail: Mail, fields: Mail, is_strict: bool, faults: Faults) -> Headers:
+    """The headers as posted, with what stands beside them; they stand in for empty `fields`.
+
+    From, Subject and Message-ID have to be fields of the canonical body (`is_strict`).
+    """
+    headers = raw_headers_of(fields["headers"], faults)
+    first = {name.lower(): value for name, value in reversed(headers)}
+    headers += raw_headers_of({name: value for name, value in mail.items() if value and
+                               name[:1].isupper() and name.lower() not in first}, faults)
+    for name in ("to", "cc") if is_strict else FROM_HEADERS:
+        fields[name] = fields[name] or first.get(name, "")
+    if not is_strict:
+        fields["message_id"] = first.get("message-id") or fields["message_id"]
+    if "envelope" not in mail and headers and headers[0][0].lower() == "return-path":
+        # As the last server wrote it: only the first header can be its, none below it.
+        fields["envelope"] = {"from": headers[0][1] or None}
+    return headers
+
+
+def raw_headers_of(value: Any, faults: Faults) -> Headers:
+    """[[name, value], …] as posted, order and repeats kept, at most MAX_HEADER_LINES.
+
+    From an object (values string, list or null), a list of pairs, of {Name, Value}, of {line},
+    of one-key objects or of lines; as text, a JSON list of these or a header block.
+    """
+    if isinstance(value, str):
+        block = value.encode("utf-8", "ignore")
+        value = json_in(value) or MimeReader().head_of(memoryview(block))[0]
+    if isinstance(value, dict):
+        pairs = [*value.items()]
+    else:
+        pairs = [header_pair(item, faults) for item in items_of(value)]
+    # CloudMailin writes message_id; beside a name with a hyphen `_` is the sender's own.
+    dash = "_" if any("-" in str(name) for name, _ in pairs) else "-"
+    headers = [[clean(str(name)).replace("_", dash), clean(str(text))]
+               for name, content in pairs
+               for text in (items_of(content) or [content]) if text is not None]
+    if len(headers) > MAX_HEADER_LINES:
+        faults["other headers"] = f"not kept, there are more than {MAX_HEADER_LINES}"
+    return headers[:MAX_HEADER_LINES]
+
+
+def header_pair(item: Any, faults: Faults) -> tuple[Any, Any]:
+    """The name and value of an item of a header list, however its provider writes one."""
+    if isinstance(item, dict):
+        item = item.get("line", item)
+    if isinstance(item, str):
+        name, _, text = item.partition(":")
+        return name, text
+    if isinstance(item, list) and len(item) == 2:
+        return item[0], item[1]
+    if isinstance(item, dict):
+        name = at(item, ("name", "Name", "key", "Key"))
+        if name:
+            return name, at(item, ("value", "Value"))
+        if len(item) == 1 and "value" not in item:
+            return next(iter(item.items()))
+    faults["a header"] = f"expected a name and a value, not {printable(str(item))[:99]}"
+    return "", None
+
+
+def header_values(headers: Headers, name: str) -> list[str]:
+    """All values of the header `name` (lower case), in order."""
+    return [value for header, value in headers if header.lower() == name]
+
+
+def envelope_sender(envelope: Row, faults: Faults) -> str | None:
+    """MAIL FROM of `{from, to}`: "" = null sender, None = unknown."""
+    value = envelope.get("from")
+    if not isinstance(value, str):
+        if value is not None:
+            faults["envelope"] = "expected an object whose `from` is a string or null"
+        return None
+    for _, address in mailboxes_of(clean(value)):
+        return address
+    return "" if value.strip() in ("", "<>") else None
+
+
+def author_of(written: str, envelope_from: str | None, faults: Faults,
               notes: list[str]) -> tuple[int, str, str]:
     """(mailboxes that From names, name, address); where it names none, another stands for it."""
-    written = text_of(mail, "from", faults)
-    lone = LONE_ADDR_SPEC.fullmatch(written[:MAX_ADDRESS_HEADER])
-    mailboxes = mailboxes_of(written) or ([("", lone[1])] if lone else [])
+    mailboxes = mailboxes_of(written)
     if mailboxes:
         return len(mailboxes), *mailboxes[0]
     shown = repr(written) if len(written) < 100 else "a long text"
     fault = f"expected an address, not {shown}" if written else "required"
-    if not envelope_from:
-        faults.setdefault("from", fault)
-        return 0, "", "MAILER-DAEMON"
-    notes.append(f"from: {fault}; the envelope sender stands for it")
-    return 0, "", envelope_from
+    if envelope_from:
+        notes.append(f"from: {fault}; the envelope sender stands for it")
+        return 0, "", envelope_from
+    faults.setdefault("from", fault)
+    return 0, "", "MAILER-DAEMON"
 
 
-def message_id_of(mail: Mail, digest: str, headers: Headers, faults: Faults) -> str:
+def mailboxes_of(value: str) -> list[tuple[str, str]]:
+    """[(name, addr-spec), …] of an address header (RFC 5322 3.4); [] where it is unclear.
+
+    We do not use email.utils: `alice@example.org)bob@example.net` is Alice to some versions
+    (CVE-2023-27043). Here each @ that is not a name's has to be part of an address.
+    """
+    value = value[:MAX_ADDRESS_HEADER].replace("&lt;", "<").replace("&gt;", ">")
+    value = CONTROLS.sub(" ", value)
+    if "@" in MAILBOX.sub("", value):
+        return []
+    mailboxes = []
+    for name, address, bare, comment in MAILBOX.findall(value):
+        name = re.sub(r'\\(.)|"', r"\1", name).strip(" ,;") or comment
+        mailboxes.append((one_line(name), address or bare))
+    return mailboxes
+
+
+def addresses_of(value: Any) -> list[str]:
+    """The addresses of To or Cc, for display."""
+    return [address for _, address in mailboxes_of(mailbox_texts(value))]
+
+
+def message_id_of(written: str, digest: str, headers: Headers, faults: Faults) -> str:
     """The Message-ID with its brackets, of any length; one made of the content where it lacks."""
-    written = text_of(mail, "message_id", faults)
     for found in ids_of(written) or ids_of("<%s>" % written.strip(' <>"')):
         return found
     faults.setdefault("message_id", "required")
@@ -1275,36 +1398,85 @@ def message_id_of(mail: Mail, digest: str, headers: Headers, faults: Faults) -> 
     return f"<{hashlib.sha256(seed.encode()).hexdigest()[:32]}@missing.invalid>"
 
 
+def ids_of(value: Any) -> list[str]:
+    """The message-ids of In-Reply-To or References: each once, in order, with brackets.
+
+    RFC 5322 3.6.4, and what is seen: lists, folding inside the brackets, `&lt;`, missing
+    brackets. Of many, the first 20 and the last 80.
+    """
+    text = " ".join(text for text in items_of(value) if isinstance(text, str))
+    text = clean(text).replace("&lt;", "<").replace("&gt;", ">")
+    ids = dict.fromkeys("".join(bracketed.split()) or bare
+                        for bracketed, bare in MESSAGE_IDS.findall(text))
+    known = [f"<{each}>" for each in ids if each]
+    return known[:FIRST_REFERENCES] + known[FIRST_REFERENCES:][-LAST_REFERENCES:]
+
+
+def attachment_of(posted: Any) -> Attachment:
+    """The attachment of an object, whatever its provider calls its fields."""
+    item = spelled(posted)
+    name, kind, content_id = (one_line(str(at(item, names) or "")) for names in (
+        ("filename", "name"), ("contenttype", "mimetype", "type"), ("contentid", "cid")))
+    content, note = None, ""
+    try:
+        content = content_in(item)
+    except (ValueError, TypeError, KeyError) as error:
+        note = f"not kept: {error}"
+    return Attachment(
+        # A name is text to show, never a path: cut off is all before the last separator.
+        filename=re.split(r"[/\\]", name)[-1],
+        content_type=kind.partition(";")[0].strip().lower() or "application/octet-stream",
+        content_id=content_id.strip("<> "), content=content, note=note)
+
+
+def content_in(item: Row) -> bytes:
+    """An attachment's bytes, of base64 in both alphabets, with padding or without."""
+    content = item.get("content", item.get("data"))
+    if isinstance(content, dict):       # Node's Buffer: {"type": "Buffer", "data": [ints]}
+        return bytes([*content["data"]])
+    if isinstance(content, bytes):
+        return content
+    if not isinstance(content, str):
+        raise ValueError("its content is not posted")
+    if item.get("base64") is False or item.get("encoding") == "utf8":
+        return content.encode("utf-8", "ignore")
+    if content.startswith("data:"):
+        content = content[content.index(",") + 1:]
+    content = content.translate(BASE64)
+    return base64.b64decode(content + "=" * (-len(content) % 4), validate=True)
+
+
+def digest_of(from_address: str, subject: str, text: str, markup: str,
+              attachments: list[Attachment]) -> str:
+    """SHA-256 of what the sender wrote; nothing in it changes when the mail is posted again.
+
+    The same in every version, or a repeat of an older mail would be a second message.
+    """
+    parts = [from_address.lower(), subject, text, markup]
+    parts += [f"{item.filename}:{item.sha256}" for item in attachments]
+    parts = [part.replace("\r\n", "\n") for part in parts]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def clean(text: str) -> str:
     """Drop what SQLite, SMTP and JSON each stumble over: NUL and lone surrogates."""
-    return UNSTORABLE.sub("", text) if UNSTORABLE.search(text) else text
+    return UNSTORABLE.sub("", text)
 
 
 def one_line(text: str) -> str:
     """A header's value in one line: unfolded, RFC 2047 words decoded, controls blanked."""
     if not PLAIN.fullmatch(text):
-        text = WORDS.sub(lambda run: decoded_words(run[0]), CONTROLS.sub(" ", clean(text)))
+        text = WORDS.sub(decoded_words, CONTROLS.sub(" ", clean(text)))
         text = CONTROLS.sub(" ", clean(text))
     return text.strip()
 
 
-def text_of(mail: Mail, name: str, faults: Faults) -> str:
-    """The cleaned text of a field, "" when absent. A number is its text, another type a fault."""
-    value = mail.get(name)
-    if type(value) in (int, float):
-        value = str(value)
-    if not isinstance(value, (str, type(None))):
-        faults[name] = f"expected a string, not {type(value).__name__}"
-        value = None
-    return clean(value or "")
-
-
-def decoded_words(text: str) -> str:
+def decoded_words(run: re.Match[str]) -> str:
     """Decode a run of RFC 2047 encoded-words; what is broken stays as it is."""
     with contextlib.suppress(ValueError, email.errors.MessageError):
         return "".join(word if isinstance(word, str) else decode(word, charset)
-                       for word, charset in email.header.decode_header(text))
-    return text
+                       for word, charset in email.header.decode_header(run[0]))
+    return run[0]
 
 
 # What mail calls a charset, by the codec that it means: the WHATWG encoding standard's labels.
@@ -1319,7 +1491,7 @@ CODECS = {label: codec for codec, labels in (
     ("utf-8", "us-ascii ascii unknown-8bit x-unknown"),
     ("utf-8", "punycode idna unicode-escape raw-unicode-escape"),
 ) for label in labels.split()}
-MULTIBYTE = ("gb", "cp932", "cp949", "big5", "euc", "hz", "iso2022", "johab", "utf-16", "utf-32")
+MULTIBYTE = re.compile("gb|cp932|cp949|big5|euc|hz|iso2022|johab|utf-16|utf-32")
 
 
 @functools.lru_cache(200)
@@ -1337,229 +1509,60 @@ def decode(content: bytes, charset: str | None, fallback: str | None = None) -> 
 
     A label of several bytes a character is believed where a byte is broken, any other is not.
     """
-    for each in (charset or "utf-8", fallback):
+    for each in (charset or "utf-8", fallback or ""):
         with contextlib.suppress(LookupError, ValueError):
-            name = codec_of(each or "")
-            return content.decode(name, "replace" if name.startswith(MULTIBYTE) else "strict")
+            name = codec_of(each)
+            return content.decode(name, "replace" if MULTIBYTE.match(name) else "strict")
     text = content.decode("utf-8", "replace")
-    is_utf_8 = re.search("[^\0-\x7f\ufffd]", text)        # but for a broken byte
-    return text if is_utf_8 else content.decode("cp1252", "replace")
-
-
-def raw_headers_of(value: Any, faults: Faults) -> Headers:
-    """[[name, value], …] as posted, order and repeats kept, at most MAX_HEADER_LINES.
-
-    From an object (values string, list or null), a list of pairs, of {Name, Value}, of {line},
-    of one-key objects or of lines; as text, a JSON list of these or a header block.
-    """
-    if isinstance(value, str):
-        block = value.encode("utf-8", "ignore")
-        value = json_in(value) or [[name, header_text(text, None)]
-                                   for name, text in MimeReader().head_of(memoryview(block))[0]]
-    if not isinstance(value, (dict, list, type(None))):
-        faults["headers"] = f"expected an object of names and values, not {type(value).__name__}"
-    pairs: list[Any] = [*value.items()] if isinstance(value, dict) else []
-    for item in value if isinstance(value, list) else ():
-        pairs += header_pairs(item, faults)
-    # CloudMailin writes message_id; beside a name with a hyphen `_` is the sender's own.
-    dash = "_" if any("-" in str(name) for name, _ in pairs) else "-"
-    headers = [[str(name).replace("_", dash), str(text)] for name, content in pairs
-               for text in (items_of(content) or [content]) if text is not None]
-    if len(headers) > MAX_HEADER_LINES:
-        faults["headers"] = f"more than {MAX_HEADER_LINES} of them: the rest is not kept"
-    return headers[:MAX_HEADER_LINES]
-
-
-def header_pairs(item: Any, faults: Faults) -> list[Any]:
-    """(name, value) pairs of an item of a header list, however its provider writes one."""
-    line = at(item, "line") or item
-    if isinstance(line, str):
-        return [line.partition(":")[::2]]
-    if isinstance(item, list) and len(item) == 2:
-        return [item]
-    if isinstance(item, dict):
-        if name := at(item, ("name", "Name", "key", "Key")):
-            return [(name, at(item, ("value", "Value")))]
-        if len(item) == 1 and "value" not in item:
-            return [*item.items()]
-    faults["a header"] = f"expected a name and a value, not {printable(str(item))[:99]}"
-    return []
-
-
-def header_values(headers: Headers, name: str) -> list[str]:
-    """All values of the header `name` (lower case), in order."""
-    return [value for header, value in headers if header.lower() == name]
-
-
-def mailboxes_of(value: str) -> list[tuple[str, str]]:
-    """[(name, addr-spec), …] of an address header (RFC 5322 3.4); [] where it is unclear.
-
-    Providers post decoded names without their quotes (`Doe, John <j@example.org>`), so one
-    address in brackets at the end is taken for what it looks like before email.utils is asked.
-    """
-    value = value[:9999].replace("&lt;", "<").replace("&gt;", ">")
-    value = CONTROLS.sub(" ", value)[:MAX_ADDRESS_HEADER].strip()
-    found = NAME_ADDR.fullmatch(f"<{value}>" if ADDR_SPEC.fullmatch(value) else value)
-    if found and not ("," in (bare := QUOTED.sub("", found[1])) and "@" in bare):
-        name = QUOTED.sub(lambda quoted: re.sub(r"\\(.)", r"\1", quoted[1]), found[1])
-        pairs = [(name, found[2].strip())]
-    else:
-        pairs = []
-        with contextlib.suppress(ValueError, RecursionError, IndexError):
-            pairs = email.utils.getaddresses([value])
-        # `alice@example.org)bob@example.net` is Alice to some versions (CVE-2023-27043): each
-        # @ that is not in quotes or a comment has to be part of one of the addresses.
-        bare = QUOTED.sub("", re.sub(r"\([^()]*\)", "", value))
-        if bare.count("@") != sum("@" in address for _, address in pairs):
-            return []
-    # The library makes `bb@bug.exampleBigBug` of an address with words behind it.
-    return [(one_line(name), address) for name, address in pairs
-            if ADDR_SPEC.fullmatch(address) and address in value]
-
-
-def addresses_of(value: Any) -> list[str]:
-    """The addresses of To or Cc, for display: from a header's text or a list of such."""
-    return [address for text in items_of(value)[:MAX_FIELDS] if isinstance(text, str)
-            for _, address in mailboxes_of(clean(text))]
-
-
-def envelope_sender(envelope: Any, faults: Faults) -> str | None:
-    """MAIL FROM of `{from, to}`: "" = null sender, None = unknown."""
-    value = envelope.get("from") if isinstance(envelope, dict) else envelope
-    if value is None:
-        return None
-    if not isinstance(value, str) or not isinstance(envelope, dict):
-        faults["envelope"] = "expected an object whose `from` is a string or null"
-        return None
-    value = clean(value).strip()
-    for _, address in mailboxes_of(value):
-        return address
-    return "" if value in ("", "<>") else None
-
-
-def ids_of(value: Any) -> list[str]:
-    """The message-ids of In-Reply-To or References: each once, in order, with brackets.
-
-    RFC 5322 3.6.4, and what is seen: lists, folding inside the brackets, `&lt;`, missing
-    brackets. Of many, the first 20 and the last 80.
-    """
-    text = " ".join(text for text in items_of(value) if isinstance(text, str))
-    ids: dict[str, None] = {}
-    text = clean(text).replace("&lt;", "<").replace("&gt;", ">")
-    for bracketed, bare in MESSAGE_IDS.findall(text) if text else ():
-        identifier = "".join(bracketed.split()) or "@" in bare[1:-1] and bare.strip("'")
-        if identifier:
-            ids[f"<{identifier}>"] = None
-    known = [*ids]
-    return known[:FIRST_REFERENCES] + known[FIRST_REFERENCES:][-LAST_REFERENCES:]
-
-
-def attachments_of(value: Any, faults: Faults) -> list[Attachment]:
-    """The attachments of a list of objects, whatever a provider calls their fields."""
-    if not isinstance(value, (list, type(None))):
-        faults["attachments"] = f"expected a list, not {type(value).__name__}"
-        return []
-    attachments = []
-    for item in (value or [])[:MAX_PARTS]:
-        if isinstance(item, dict):
-            attachments.append(attachment_of({squeezed(key): item[key] for key in item}))
-        else:
-            faults["attachments"] = f"expected objects in it, not {type(item).__name__}"
-    return attachments
-
-
-def attachment_of(item: Row) -> Attachment:
-    """The attachment of an object whose names are squeezed."""
-    name, kind, content_id = (one_line(str(at(item, names) or "")) for names in (
-        ("filename", "name"), ("contenttype", "mimetype", "type"), ("contentid", "cid")))
-    content, note = item.get("content", item.get("data")), "not kept: its content is not posted"
-    try:
-        if isinstance(content, dict):       # Node's Buffer: {"type": "Buffer", "data": [ints]}
-            content = bytes(content["data"])
-        elif isinstance(content, str):
-            is_text = item.get("base64") is False or item.get("encoding") == "utf8"
-            content = content.encode("utf-8", "ignore") if is_text else base64_of(content)
-    except (ValueError, TypeError, KeyError) as error:
-        content, note = None, f"not kept, its content is broken: {error}"
-    is_kept = isinstance(content, bytes)
-    return Attachment(
-        # A name is text to show, never a path: cut off is all before the last separator.
-        filename=re.split(r"[/\\]", name)[-1],
-        content_type=kind.partition(";")[0].strip().lower() or "application/octet-stream",
-        content_id=content_id.strip("<> "),
-        content=content if is_kept else None,
-        note="" if is_kept else note)
-
-
-def base64_of(text: str) -> bytes:
-    """Base64 in JSON, in both alphabets (RFC 4648 5), without padding, or as a `data:` URI."""
-    if text.startswith("data:"):
-        text = text[text.index(",") + 1:]
-    if not text.isalnum():      # RFC 2045 6.8: line breaks do not count
-        text = "".join(text.split()).replace("-", "+").replace("_", "/")
-    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-
-
-def digest_of(from_address: str, subject: str, text: str, markup: str,
-              attachments: list[Attachment], seed: str | None) -> str:
-    """SHA-256 of what the sender wrote; nothing in it changes when the mail is posted again.
-
-    The same in every version, or a repeat of an older mail would be a second message.
-    """
-    parts = [from_address.lower(), subject, text, markup]
-    parts += [f"{item.filename}:{item.sha256}" for item in attachments] + [seed or ""][:bool(seed)]
-    parts = [part.replace("\r\n", "\n") for part in parts]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    if re.search("[^\0-\x7f\ufffd]", text):     # UTF-8 but for a broken byte
+        return text
+    return content.decode("cp1252", "replace")
 
 
 # To the end where they are not closed, so that nothing is ever looked at twice.
 HIDDEN = re.compile(r"(?is)<!--(?:>|.*?-->|.*)|<(script|style|title)\b(?:.*?</\1\s*>|.*)")
-BREAKS = frozenset((
-    "address article aside blockquote br caption dd div dl dt figcaption figure footer form h1 h2 "
-    "h3 h4 h5 h6 header hr li main nav ol p pre section table tr ul").split())
 LONG_NUMBER = re.compile("&#(?:[0-9]{8,}|[xX][0-9a-fA-F]{8,});?")
+VERBATIM = str.maketrans({" ": "\0", "\t": "\1", "\n": "<br>"})     # for blanks that count
 
 
-VERBATIM = {ord(" "): 0, ord("\t"): 1}        # what no text has stands for blanks that count
-
-
-def html_to_text(markup: str, notes: list[str] | None = None) -> str:
+def html_to_text(markup: str) -> str:
     """The text of HTML: no scripts or styles, links and line breaks kept, cells apart.
 
-    One pass over tags and text. We do not use html.parser: it takes 11 s for 160 KB of `<!--`
-    and raises on `<![<![` (measured, Python 3.11.7).
+    We do not use html.parser: it takes 11 s for 160 KB of `<!--` and raises on `<![<![`
+    (measured, Python 3.11.7).
     """
-    visible = HIDDEN.sub("", markup)
-    if len(visible) > MAX_HTML and notes is not None:
-        notes.append(f"the text is made of the first {MAX_HTML} characters of the HTML")
-    pieces, link, is_verbatim = [], "", False
-    for piece in re.split("(<[/!?a-zA-Z][^<>]*>)", visible[:MAX_HTML]):
-        found = re.match("</?([a-zA-Z!?][a-zA-Z0-9-]*)", piece)
-        tag = found[1].lower() if found else ""
-        if not tag:
-            text = html.unescape(LONG_NUMBER.sub("\ufffd", piece))
-            pieces.append(text.translate(VERBATIM) if is_verbatim else re.sub(r"\s+", " ", text))
-        elif tag == "a":
-            if link and link not in "".join(pieces[-3:]):
-                pieces.append(f" ({link})")
-            link = attribute_of(piece, "href").removeprefix("mailto:")
-            link = "" if link.startswith("#") else link
-        elif tag == "img":
-            pieces.append(attribute_of(piece, "alt"))
-        elif tag in ("td", "th"):
-            pieces.append(" ")
-        elif tag in BREAKS:
-            pieces.append("\n")
-            is_verbatim = piece[1] != "/" if tag == "pre" else is_verbatim
-    lines = [" ".join(line.split()) for line in "".join(pieces).split("\n")]
+    text = HIDDEN.sub("", markup)[:MAX_HTML]
+    for pattern, shown in MARKUP:
+        text = pattern.sub(shown, text)
+    text = html.unescape(LONG_NUMBER.sub("\ufffd", text))
+    lines = [" ".join(line.split()) for line in text.split("\n")]
     text = re.sub("\n{3,}", "\n\n", "\n".join(lines)).strip()
-    return text.translate({new: old for old, new in VERBATIM.items()})
+    return text.translate(str.maketrans("\0\1", " \t"))
 
 
-def attribute_of(tag: str, name: str) -> str:
-    found = re.search(rf"""\s{name}\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+))""", tag, re.I)
-    value = next(filter(None, found.groups()), "") if found else ""
-    return html.unescape(LONG_NUMBER.sub("\ufffd", value)).strip()
+def verbatim(preformatted: re.Match[str]) -> str:
+    return re.sub(">[^<]*", lambda text: text[0].translate(VERBATIM), preformatted[0])
+
+
+def with_link(found: re.Match[str]) -> str:
+    """The text of a link and, unless it says so itself, where it leads."""
+    _, link, text = found.groups()
+    return text if link in text or link[0] == "#" else f"{text} ({link})"
+
+
+# What is shown of markup, in this order. A tag that has no end is text, and is known to be
+# none before its attributes are looked for: nothing here takes quadratic time.
+MARKUP: list[tuple[re.Pattern[str], Any]] = [(re.compile(row[0], re.I | re.S), row[1]) for row in (
+    (r"<pre\b[^<>]*>.*?(?:</pre\s*>|\Z)", verbatim),
+    (r"\s+", " "),
+    (r"""<img\b(?=[^<>]*>)[^<>]*?\salt\s*=\s*(["']?)([^<>]*?)\1(?:\s[^<>]*)?/?>""", r"\2"),
+    (r"</?t[dh]\b[^<>]*>", " "),
+    (r"</?(?:address|article|aside|blockquote|br|caption|dd|div|dl|dt|figcaption|figure|footer|"
+     r"form|h[1-6]|header|hr|li|main|nav|ol|p|pre|section|table|tr|ul)\b[^<>]*>", "\n"),
+    (r"<(?!/?a\b)[/!?a-z][^<>]*>", ""),
+    (r"""<a\b(?=[^<>]*>)[^<>]*?\shref\s*=\s*(["']?)(?:mailto:)?([^<>]*?)\1(?:\s[^<>]*)?>"""
+     r"(.*?)(?=</?a\b|\Z)", with_link),
+    (r"</?a\b[^<>]*>", ""))]
 
 
 # -----------------------------------------------------------------------------------------
@@ -3110,7 +3113,7 @@ def relay(options: Options, store: Store, url: str) -> None:
     mail_from = os.environ.get("SENDER") if options.sender is None else options.sender
     line = "" if mail_from is None else f"Return-Path: <{mail_from.strip('<>')}>\r\n"
     mail = sys.stdin.buffer.read()
-    mail = os.fsencode(line) + mail[end_of_mbox_lines(mail):]
+    mail = os.fsencode(line) + mail[next(MBOX.finditer(mail)).end():]
     try:
         secret = os.environ.get("INBOUND_SECRET") or Path(options.secret_file).read_text()
         status, words = post_to(url, mail, secret.strip().partition("\n")[0].strip())

@@ -64,19 +64,18 @@ def canonical_of(raw):
     raw = re.sub(rb"\A(?:\s*>?From [^\r\n]*\r?\n)?", b"", raw)     # an mbox separator
     headers, parts = headers_of(raw), [*leaves_of(raw)]
     texts = {"text/plain": [], "text/html": []}
-    attachments, named = [], {"text/plain": [], "text/html": []}
+    attachments = []
+    inline = [part for part, _ in parts
+              if part.get_content_type() in texts and not is_attached(part)]
+    # RFC 2183 2.1: an inline part is shown; one with a file name where there is no other.
+    shown = [part for part in inline if not part.get_filename()] or inline
     for part, content in parts:
-        kind = part.get_content_type()
-        if kind in texts and not is_attached(part):
-            found = named if part.get_filename() else texts
-            found[kind].append(text_in(content, part.get_content_charset()))
-        if kind in texts and not part.get_filename() and not is_attached(part):
+        if part in shown:
+            texts[part.get_content_type()].append(text_in(content, part.get_content_charset()))
             continue
         attachments.append({
-            "filename": part.get_filename(), "content_type": kind,
+            "filename": part.get_filename(), "content_type": part.get_content_type(),
             "content_id": part["Content-ID"], "content": base64.b64encode(content).decode()})
-    if not any(texts.values()):     # RFC 2183 2.1: an inline part is shown, named or not
-        texts = named
     known = {}
     for name, value in headers:
         known.setdefault(name.lower(), value)

@@ -1651,7 +1651,7 @@ def test_a_row_of_provider_is_in_force_for_the_next_request_and_gone_with_it(des
     refuse(desk, POST, 422)
     describe(desk, OURS)
     shown = message(desk, POST)
-    assert (shown["from"], shown["from_name"]) == MAILBOX
+    assert (shown["from_name"], shown["from"]) == MAILBOX
     assert (shown["subject"], shown["text"].strip()) == (SUBJECT, TEXT.strip())
     assert (shown["message_id"], shown["envelope_from"]) == (MESSAGE_ID, None)
     assert deliver(desk, POST)[0]["status"] == "duplicate"
