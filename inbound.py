@@ -625,7 +625,7 @@ def form_value(name: str, content: bytes, charsets: Any) -> str | bytes:
     charset = str(at(charsets, name) or "utf-8")
     if charsets and name in FROM_HEADERS:
         with contextlib.suppress(LookupError, ValueError):
-            return content.decode(codec_of(charset))
+            return content.decode(codec_of(charset)[0])
         return ""
     return decode(content, charset)
 
@@ -735,8 +735,6 @@ SHOWN = re.compile("text/(?:plain|html)|multipart/.*")      # that is, as far as
 
 def mail_of_mime(content: bytes) -> Mail:
     """The canonical dict of a raw mail; what stands in its headers is left there."""
-    if b"\n" not in content:
-        content = content.replace(b"\r", b"\n")
     start = next(MBOX.finditer(content)).end()
     reader = MimeReader()
     raw_headers, body = reader.head_of(memoryview(content)[start:])
@@ -755,7 +753,7 @@ def mail_of_mime(content: bytes) -> Mail:
             pieces.append(decode(decoded, fields.get_content_charset()))
         else:
             attachments.append(file_of(fields, decoded))
-    charset = next(filter(None, [fields.get_content_charset() for fields in texts]), None)
+    charset = texts[0].get_content_charset() if texts else None
     headers = [[name, header_text(value, charset)] for name, value in raw_headers]
     mail: Mail = {"headers": headers, "text": "\n".join(text), "html": "\n".join(markup),
                   "attachments": attachments}
@@ -840,7 +838,7 @@ def content_headers(headers: Headers) -> email.message.Message:
     fields = email.message.Message()
     for name, value in headers:
         if name[:8].lower() == "content-":
-            value = CONTROLS.sub(" ", header_text(value, None)).strip()
+            value = CONTROLS.sub(" ", header_text(value, None))
             # Its parameters are read in quadratic time.
             fields[name] = ";".join(value[:9999].split(";")[:99])
     return fields
@@ -935,25 +933,25 @@ def spelled(value: Any) -> Row:
     return {squeezed(name): value[name] for name in value} if isinstance(value, dict) else {}
 
 
-def mend_mailgun(post: Row, mail: Mail) -> None:
-    """{content-id: field} has keys that repeat; json.loads would keep the last."""
+def mend_files(post: Row, mail: Mail) -> None:
+    """Mailgun's files have their ids in a map beside them, SendGrid's their names, too.
+
+    {content-id: field} has keys that repeat; json.loads would keep the last.
+    """
     pairs = json_in(post.get("content-id-map"), pairs=list)
-    names = {str(pair[1]): pair[0] for pair in pairs if isinstance(pair, tuple)}
-    for file in mail["attachments"]:
-        file["cid"] = names.get(str(file.get("field")))
-
-
-def mend_sendgrid(post: Row, mail: Mail) -> None:
+    ids = {str(pair[1]): pair[0] for pair in pairs if isinstance(pair, tuple)}
     infos = json_in(post.get("attachment-info"))
     for file in mail["attachments"]:
-        info = at(infos, file.get("field"))
-        if isinstance(info, dict):      # the file's content stands in the file alone
-            file |= {**info, "content": file.get("content")}
+        place = str(file.get("field"))
+        info = at(infos, place)
+        file["filename"] = file.get("filename") or at(info, ("filename", "name"))
+        file["cid"] = ids.get(place) or at(info, "content-id")
 
 
 def mend_postal(post: Row, mail: Mail) -> None:     # what strip_replies cut off is put back
-    texts = [post.get("plain_body"), post.get("replies_from_plain_body")]
-    mail["text"] = "\n".join(text for text in texts if text and isinstance(text, str))
+    replies = post.get("replies_from_plain_body")
+    if replies:
+        mail["text"] = f"{mail['text'] or ''}\n{replies}"
 
 
 def mend_mailjet(post: Row, mail: Mail) -> None:    # names in one place, contents in another
@@ -997,11 +995,11 @@ PROVIDERS = (
     # else tried again for 8 h. Configure: Receiving › Routes › forward(). A URL that ends in
     # `mime` gets the whole mail.
     Provider("Mailgun", "timestamp token signature", when=lambda post: "event" not in post,
-             envelope_from="sender", raw="body-mime", mend=mend_mailgun),
+             envelope_from="sender", raw="body-mime", mend=mend_files),
     # SendGrid. Requires: Inbound Parse. Authenticates by: ?secret= or Basic. Answers: 2xx; 5xx
     # is tried again for 3 days, 4xx is final. Configure: Settings › Inbound Parse.
     Provider("SendGrid", "envelope", when=lambda post: isinstance(post["envelope"], str),
-             envelope_from="envelope.from", raw="email", mend=mend_sendgrid),
+             envelope_from="envelope.from", raw="email", mend=mend_files),
     # CloudMailin. Requires: an address. Authenticates by: Basic or ?secret=. Answers: 2xx; 4xx
     # bounces the mail, 5xx lets the sender's server try again. Configure: the target.
     Provider("CloudMailin", "envelope", envelope_from="envelope.from", raw="message",
@@ -1244,10 +1242,8 @@ def typed(mail: Mail, faults: Faults) -> Mail:
         value = mail.get(name)
         if name in FROM_HEADERS:
             value = mailbox_texts(value) or value
-        if types[0] is str and type(value) in (int, float):
-            value = str(value)
-        if isinstance(value, str):
-            value = clean(value)
+        if types[0] is str and type(value) in (str, int, float):
+            value = clean(str(value))
         if value is not None and not isinstance(value, tuple(types)):
             faults[name] = f"expected {expected}, not {type(value).__name__}"
             value = None
@@ -1261,8 +1257,6 @@ def mailbox_texts(value: Any) -> str:
         return value
     texts = []
     for item in items_of(at(value, ("value", "addresses")) or value):
-        if isinstance(item, list):      # Mandrill: [address, name]
-            item = next(iter(item), "")
         if isinstance(item, dict):
             known = spelled(item)
             address = at(known, ("address", "email", "emailaddress"))
@@ -1299,38 +1293,40 @@ def raw_headers_of(value: Any, faults: Faults) -> Headers:
     of one-key objects or of lines; as text, a JSON list of these or a header block.
     """
     if isinstance(value, str):
-        block = value.encode("utf-8", "ignore")
-        value = json_in(value) or MimeReader().head_of(memoryview(block))[0]
+        block = memoryview(value.encode("utf-8", "ignore"))
+        value = json_in(value) or MimeReader().head_of(block)[0]
     if isinstance(value, dict):
-        pairs = [*value.items()]
-    else:
-        pairs = [header_pair(item, faults) for item in items_of(value)]
-    # CloudMailin writes message_id; beside a name with a hyphen `_` is the sender's own.
-    dash = "_" if any("-" in str(name) for name, _ in pairs) else "-"
-    headers = [[clean(str(name)).replace("_", dash), clean(str(text))]
-               for name, content in pairs
-               for text in (items_of(content) or [content]) if text is not None]
+        # CloudMailin writes message_id; beside a name with a hyphen `_` is the sender's own.
+        dash = "_" if "-" in "".join(value) else "-"
+        value = [[name.replace("_", dash), value[name]] for name in value]
+    headers = []
+    for item in items_of(value):
+        name, content = header_pair(item)
+        if not name:
+            faults["a header"] = f"expected a name and a value, not {printable(str(item))[:99]}"
+            continue
+        for text in items_of(content) or [content]:
+            if text is not None:
+                headers.append([str(name), clean(str(text))])
     if len(headers) > MAX_HEADER_LINES:
         faults["other headers"] = f"not kept, there are more than {MAX_HEADER_LINES}"
     return headers[:MAX_HEADER_LINES]
 
 
-def header_pair(item: Any, faults: Faults) -> tuple[Any, Any]:
+def header_pair(item: Any) -> Iterable[Any]:
     """The name and value of an item of a header list, however its provider writes one."""
     if isinstance(item, dict):
-        item = item.get("line", item)
-    if isinstance(item, str):
-        name, _, text = item.partition(":")
-        return name, text
-    if isinstance(item, list) and len(item) == 2:
-        return item[0], item[1]
-    if isinstance(item, dict):
         name = at(item, ("name", "Name", "key", "Key"))
-        if name:
+        if "line" in item:
+            item = item["line"]
+        elif name:
             return name, at(item, ("value", "Value"))
-        if len(item) == 1 and "value" not in item:
-            return next(iter(item.items()))
-    faults["a header"] = f"expected a name and a value, not {printable(str(item))[:99]}"
+        elif len(item) == 1:
+            [item] = item.items()
+    if isinstance(item, str):
+        return item.partition(":")[::2]
+    if isinstance(item, (list, tuple)) and len(item) == 2:
+        return item
     return "", None
 
 
@@ -1417,31 +1413,28 @@ def attachment_of(posted: Any) -> Attachment:
     item = spelled(posted)
     name, kind, content_id = (one_line(str(at(item, names) or "")) for names in (
         ("filename", "name"), ("contenttype", "mimetype", "type"), ("contentid", "cid")))
-    content, note = None, ""
-    try:
+    content = None
+    with contextlib.suppress(ValueError, TypeError, KeyError):
         content = content_in(item)
-    except (ValueError, TypeError, KeyError) as error:
-        note = f"not kept: {error}"
     return Attachment(
         # A name is text to show, never a path: cut off is all before the last separator.
         filename=re.split(r"[/\\]", name)[-1],
         content_type=kind.partition(";")[0].strip().lower() or "application/octet-stream",
-        content_id=content_id.strip("<> "), content=content, note=note)
+        content_id=content_id.strip("<> "), content=content,
+        note="not kept: its content is not posted, or broken" if content is None else "")
 
 
-def content_in(item: Row) -> bytes:
+def content_in(item: Row) -> bytes | None:
     """An attachment's bytes, of base64 in both alphabets, with padding or without."""
     content = item.get("content", item.get("data"))
     if isinstance(content, dict):       # Node's Buffer: {"type": "Buffer", "data": [ints]}
         return bytes([*content["data"]])
-    if isinstance(content, bytes):
-        return content
     if not isinstance(content, str):
-        raise ValueError("its content is not posted")
+        return content if isinstance(content, bytes) else None
     if item.get("base64") is False or item.get("encoding") == "utf8":
         return content.encode("utf-8", "ignore")
     if content.startswith("data:"):
-        content = content[content.index(",") + 1:]
+        content = content.rpartition(",")[2]
     content = content.translate(BASE64)
     return base64.b64decode(content + "=" * (-len(content) % 4), validate=True)
 
@@ -1452,10 +1445,9 @@ def digest_of(from_address: str, subject: str, text: str, markup: str,
 
     The same in every version, or a repeat of an older mail would be a second message.
     """
-    parts = [from_address.lower(), subject, text, markup]
-    parts += [f"{item.filename}:{item.sha256}" for item in attachments]
-    parts = [part.replace("\r\n", "\n") for part in parts]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    files = [f"{item.filename}:{item.sha256}" for item in attachments]
+    written = json.dumps([from_address.lower(), subject, text, markup, *files])
+    return hashlib.sha256(written.replace(r"\r\n", r"\n").encode()).hexdigest()
 
 
 def clean(text: str) -> str:
@@ -1495,34 +1487,46 @@ MULTIBYTE = re.compile("gb|cp932|cp949|big5|euc|hz|iso2022|johab|utf-16|utf-32")
 
 
 @functools.lru_cache(200)
-def codec_of(charset: str) -> str:
-    """Python's name of a charset as mail labels it; LookupError when nobody knows it."""
+def codec_of(charset: str) -> tuple[str, str]:
+    """Python's name of a charset as mail labels it, and what to do with a broken byte.
+
+    A label of several bytes a character is believed all the same, any other is not.
+    LookupError when nobody knows it.
+    """
     label = re.sub("[^a-z0-9]+", "-", charset.lower()[:100]).strip("-")
     label = CODECS.get(label, re.sub("^cp-", "cp", label))
     name = codecs.lookup(label).name
     b"".decode(name)        # LookupError for what is no text
-    return name
+    return name, "replace" if MULTIBYTE.match(name) else "strict"
 
 
 def decode(content: bytes, charset: str | None, fallback: str | None = None) -> str:
-    """The text of bytes in the charset claimed; unlabelled, as UTF-8 or else in `fallback`.
-
-    A label of several bytes a character is believed where a byte is broken, any other is not.
-    """
+    """The text of bytes in the charset claimed; unlabelled, as UTF-8 or else in `fallback`."""
     for each in (charset or "utf-8", fallback or ""):
         with contextlib.suppress(LookupError, ValueError):
-            name = codec_of(each)
-            return content.decode(name, "replace" if MULTIBYTE.match(name) else "strict")
+            return content.decode(*codec_of(each))
     text = content.decode("utf-8", "replace")
     if re.search("[^\0-\x7f\ufffd]", text):     # UTF-8 but for a broken byte
         return text
     return content.decode("cp1252", "replace")
 
 
-# To the end where they are not closed, so that nothing is ever looked at twice.
-HIDDEN = re.compile(r"(?is)<!--(?:>|.*?-->|.*)|<(script|style|title)\b(?:.*?</\1\s*>|.*)")
-LONG_NUMBER = re.compile("&#(?:[0-9]{8,}|[xX][0-9a-fA-F]{8,});?")
+# What is shown of markup, in this order. What is not closed goes to the end, and a tag that has
+# no end is text before its attributes are looked for: nothing is ever looked at twice.
 VERBATIM = str.maketrans({" ": "\0", "\t": "\1", "\n": "<br>"})     # for blanks that count
+MARKUP: tuple[tuple[str, Any], ...] = (
+    (r"<!--(?:>|.*?-->|.*)|<(script|style|title)\b(?:.*?</\1\s*>|.*)", ""),
+    (r"<pre\b[^<>]*>.*?(?:</pre\s*>|\Z)", lambda found: verbatim(found[0])),
+    (r"\s+", " "),
+    (r"""<img\b(?=[^<>]*>)[^<>]*?\salt\s*=\s*(["']?)([^<>]*?)\1(?:\s[^<>]*)?/?>""", r"\2"),
+    (r"</?t[dh]\b[^<>]*>", " "),
+    (r"</?(?:address|article|aside|blockquote|br|caption|dd|div|dl|dt|figcaption|figure|footer|"
+     r"form|h[1-6]|header|hr|li|main|nav|ol|p|pre|section|table|tr|ul)\b[^<>]*>", "\n"),
+    (r"<(?!/?a\b)[/!?a-z][^<>]*>", ""),
+    (r"""<a\b(?=[^<>]*>)[^<>]*?\shref\s*=\s*(["']?)(?:mailto:)?([^<>]*?)\1(?:\s[^<>]*)?>"""
+     r"(.*?)(?=</?a\b|\Z)", lambda found: with_link(found[3], found[2])),
+    (r"</?a\b[^<>]*>", ""),
+    (r"&#(?:[0-9]{8,}|x[0-9a-f]{8,});?", "\ufffd"))
 
 
 def html_to_text(markup: str) -> str:
@@ -1531,38 +1535,20 @@ def html_to_text(markup: str) -> str:
     We do not use html.parser: it takes 11 s for 160 KB of `<!--` and raises on `<![<![`
     (measured, Python 3.11.7).
     """
-    text = HIDDEN.sub("", markup)[:MAX_HTML]
     for pattern, shown in MARKUP:
-        text = pattern.sub(shown, text)
-    text = html.unescape(LONG_NUMBER.sub("\ufffd", text))
-    lines = [" ".join(line.split()) for line in text.split("\n")]
+        markup = re.sub(pattern, shown, markup, flags=re.I | re.S)[:MAX_HTML]
+    lines = [" ".join(line.split()) for line in html.unescape(markup).split("\n")]
     text = re.sub("\n{3,}", "\n\n", "\n".join(lines)).strip()
     return text.translate(str.maketrans("\0\1", " \t"))
 
 
-def verbatim(preformatted: re.Match[str]) -> str:
-    return re.sub(">[^<]*", lambda text: text[0].translate(VERBATIM), preformatted[0])
+def verbatim(preformatted: str) -> str:
+    return re.sub(">[^<]*", lambda text: text[0].translate(VERBATIM), preformatted)
 
 
-def with_link(found: re.Match[str]) -> str:
+def with_link(text: str, link: str) -> str:
     """The text of a link and, unless it says so itself, where it leads."""
-    _, link, text = found.groups()
     return text if link in text or link[0] == "#" else f"{text} ({link})"
-
-
-# What is shown of markup, in this order. A tag that has no end is text, and is known to be
-# none before its attributes are looked for: nothing here takes quadratic time.
-MARKUP: list[tuple[re.Pattern[str], Any]] = [(re.compile(row[0], re.I | re.S), row[1]) for row in (
-    (r"<pre\b[^<>]*>.*?(?:</pre\s*>|\Z)", verbatim),
-    (r"\s+", " "),
-    (r"""<img\b(?=[^<>]*>)[^<>]*?\salt\s*=\s*(["']?)([^<>]*?)\1(?:\s[^<>]*)?/?>""", r"\2"),
-    (r"</?t[dh]\b[^<>]*>", " "),
-    (r"</?(?:address|article|aside|blockquote|br|caption|dd|div|dl|dt|figcaption|figure|footer|"
-     r"form|h[1-6]|header|hr|li|main|nav|ol|p|pre|section|table|tr|ul)\b[^<>]*>", "\n"),
-    (r"<(?!/?a\b)[/!?a-z][^<>]*>", ""),
-    (r"""<a\b(?=[^<>]*>)[^<>]*?\shref\s*=\s*(["']?)(?:mailto:)?([^<>]*?)\1(?:\s[^<>]*)?>"""
-     r"(.*?)(?=</?a\b|\Z)", with_link),
-    (r"</?a\b[^<>]*>", ""))]
 
 
 # -----------------------------------------------------------------------------------------
