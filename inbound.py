@@ -683,7 +683,7 @@ def json_in(text: Any, pairs: Callable[[Any], Any] | None = None) -> Any:
 
     `pairs` makes another thing than a dict of an object's (name, value) pairs.
     """
-    if isinstance(text, str) and text.lstrip()[:1] in ("{", "["):
+    if isinstance(text, str) and re.match(r"\s*[\[{]", text):
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(within_json_budget(text), object_pairs_hook=pairs)
     return {}
@@ -882,10 +882,9 @@ def base64_decoded(content: bytes | memoryview) -> bytes:
 
 # Canonical name → what it has to be, in words and in types. A number is a string, too.
 CANONICAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("from", "from_name", "subject", "text", "html", "message_id"),
-                    ("a string", str)),
-    **dict.fromkeys(("to", "cc", "in_reply_to", "references"),
-                    ("a string or a list", str, list)),
+    **dict.fromkeys(("from", "to", "cc"), ("a mailbox or a list of them", str, list, dict)),
+    **dict.fromkeys(("from_name", "subject", "text", "html", "message_id"), ("a string", str)),
+    **dict.fromkeys(("in_reply_to", "references"), ("a string or a list", str, list)),
     "headers": ("an object of names and values", dict, list, str),
     "envelope": ("an object whose `from` is a string or null", dict),
     "attachments": ("a list of objects", list)}
@@ -1148,7 +1147,7 @@ def mail_of(provider: Provider, post: Any) -> Mail:
     if raw:
         mail = mail_of_mime(raw)
     else:
-        mail = {name: at(known, paths) for name, paths in SPELLINGS.items()}
+        mail = {name: at(known, paths) for name, paths in SPELLINGS.items() if known}
         mail["attachments"] = [file for name in FILES for file in items_of(
             json_in(at(known, name)) or at(known, name)) if isinstance(file, dict)]
         mail |= {name: at(post, path) for name, path in provider.fields.items()
@@ -1190,6 +1189,7 @@ WORDS = re.compile(rf"{WORD}(?:\s*{WORD}){{0,99}}", re.I)       # decode_header 
 CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]+ ?")  # RFC 5322 2.2.3: a fold is a space
 PLAIN = re.compile(r"(?:[ -<>-~]|=(?!\?))*")                    # a value with nothing to do
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+UNQUOTE = re.compile(r'\\(.)|"')
 BASE64 = str.maketrans("-_", "+/", " \t\r\n")   # RFC 4648 5; RFC 2045 6.8: no line ends
 
 
@@ -1240,8 +1240,6 @@ def typed(mail: Mail, faults: Faults) -> Mail:
     fields: Mail = {}
     for name, (expected, *types) in CANONICAL.items():
         value = mail.get(name)
-        if name in FROM_HEADERS:
-            value = mailbox_texts(value) or value
         if types[0] is str and type(value) in (str, int, float):
             value = clean(str(value))
         if value is not None and not isinstance(value, tuple(types)):
@@ -1249,22 +1247,6 @@ def typed(mail: Mail, faults: Faults) -> Mail:
             value = None
         fields[name] = value or types[0]()
     return fields
-
-
-def mailbox_texts(value: Any) -> str:
-    """An address header's text, of text, {name, address} in any spelling, or a list of such."""
-    if isinstance(value, str):
-        return value
-    texts = []
-    for item in items_of(at(value, ("value", "addresses")) or value):
-        if isinstance(item, dict):
-            known = spelled(item)
-            address = at(known, ("address", "email", "emailaddress"))
-            name = str(at(known, ("name", "friendlyname")) or "")
-            item = f"{json.dumps(name, ensure_ascii=False)} <{address}>" if address else ""
-        if isinstance(item, str):
-            texts.append(item)
-    return ", ".join(filter(None, texts))
 
 
 def headers_of(mail: Mail, fields: Mail, is_strict: bool, faults: Faults) -> Headers:
@@ -1342,18 +1324,18 @@ def envelope_sender(envelope: Row, faults: Faults) -> str | None:
         if value is not None:
             faults["envelope"] = "expected an object whose `from` is a string or null"
         return None
-    for _, address in mailboxes_of(clean(value)):
+    for _, address in mailboxes_of(value):
         return address
     return "" if value.strip() in ("", "<>") else None
 
 
-def author_of(written: str, envelope_from: str | None, faults: Faults,
+def author_of(written: Any, envelope_from: str | None, faults: Faults,
               notes: list[str]) -> tuple[int, str, str]:
     """(mailboxes that From names, name, address); where it names none, another stands for it."""
     mailboxes = mailboxes_of(written)
     if mailboxes:
         return len(mailboxes), *mailboxes[0]
-    shown = repr(written) if len(written) < 100 else "a long text"
+    shown = repr(written) if len(str(written)) < 100 else "a long text"
     fault = f"expected an address, not {shown}" if written else "required"
     if envelope_from:
         notes.append(f"from: {fault}; the envelope sender stands for it")
@@ -1362,26 +1344,35 @@ def author_of(written: str, envelope_from: str | None, faults: Faults,
     return 0, "", "MAILER-DAEMON"
 
 
-def mailboxes_of(value: str) -> list[tuple[str, str]]:
+def mailboxes_of(value: Any) -> list[tuple[str, str]]:
     """[(name, addr-spec), …] of an address header (RFC 5322 3.4); [] where it is unclear.
 
-    We do not use email.utils: `alice@example.org)bob@example.net` is Alice to some versions
+    Of text, of {name, address} in any spelling, or of a list of such. We do not use
+    email.utils: `alice@example.org)bob@example.net` is Alice to some versions
     (CVE-2023-27043). Here each @ that is not a name's has to be part of an address.
     """
-    value = value[:MAX_ADDRESS_HEADER].replace("&lt;", "<").replace("&gt;", ">")
-    value = CONTROLS.sub(" ", value)
-    if "@" in MAILBOX.sub("", value):
-        return []
+    if isinstance(value, str):
+        text = value[:MAX_ADDRESS_HEADER].replace("&lt;", "<").replace("&gt;", ">")
+        text = CONTROLS.sub(" ", clean(text))
+        if "@" in MAILBOX.sub("", text):
+            return []
+        return [(one_line(UNQUOTE.sub(r"\1", name).strip(" ,;") or comment), address or bare)
+                for name, address, bare, comment in MAILBOX.findall(text)]
     mailboxes = []
-    for name, address, bare, comment in MAILBOX.findall(value):
-        name = re.sub(r'\\(.)|"', r"\1", name).strip(" ,;") or comment
-        mailboxes.append((one_line(name), address or bare))
+    for item in items_of(at(value, ("value", "addresses")) or value):
+        if isinstance(item, list):      # Mandrill: [address, name]
+            item = next(iter(item), "")
+        known = spelled(item)
+        text = at(known, ("address", "email", "emailaddress")) if known else item
+        for name, address in mailboxes_of(text) if isinstance(text, str) else ():
+            name = at(known, ("name", "friendlyname")) or name
+            mailboxes.append((one_line(str(name)), address))
     return mailboxes
 
 
 def addresses_of(value: Any) -> list[str]:
     """The addresses of To or Cc, for display."""
-    return [address for _, address in mailboxes_of(mailbox_texts(value))]
+    return [address for _, address in mailboxes_of(value)]
 
 
 def message_id_of(written: str, digest: str, headers: Headers, faults: Faults) -> str:
