@@ -544,7 +544,8 @@ def read(post: Post, own_providers: Callable[[], list[tuple[str, Row]]]) -> Read
 
 def fields_of(content_type: str, body: bytes) -> Fields | bytes:
     """Take a body apart; Refused 400: not decodable, 415: no type that mail comes in."""
-    header = content_headers([["Content-Type", clean(content_type) or "application/json"]])
+    content_type = clean(content_type) or "application/json"
+    header = content_headers([["Content-Type", content_type]])
     kind = header.get_content_type()
     if kind in ("message/rfc822", "message/global"):    # RFC 6532: the same in UTF-8
         if not re.search(rb"\S", body):
@@ -556,7 +557,7 @@ def fields_of(content_type: str, body: bytes) -> Fields | bytes:
     is_json = kind.endswith(("/json", "+json"))
     if not is_json and kind not in ("text/plain", FORM):
         # As it was sent, and whole: a secret in it is starred out in its own spelling.
-        raise Refused(415, f"content type {clean(content_type)!r} carries no mail; "
+        raise Refused(415, f"content type {content_type!r} carries no mail; "
                            "expected application/json")
     if not is_json and not re.match(rb"(?:\xef\xbb\xbf)?\s*[{\[]", body):
         if HEADER_START.match(body):
@@ -852,9 +853,10 @@ def file_of(fields: email.message.Message, content: Any) -> Row:
 
 def header_text(value: str, charset: str | None) -> str:
     """A header's value; bytes in it that are no UTF-8 are in the charset of the body."""
-    if value.isascii():
-        return value
-    return decode(value.encode("utf-8", "surrogateescape"), "utf-8", charset)
+    content = value.encode("utf-8", "surrogateescape")
+    with contextlib.suppress(UnicodeDecodeError):
+        return content.decode()
+    return decode(content, charset)
 
 
 def transfer_decoded(fields: email.message.Message, content: memoryview) -> bytes:
@@ -1002,8 +1004,8 @@ PROVIDERS = (
     # CloudMailin. Requires: an address. Authenticates by: Basic or ?secret=. Answers: 2xx; 4xx
     # bounces the mail, 5xx lets the sender's server try again. Configure: the target.
     Provider("CloudMailin", "envelope", envelope_from="envelope.from", raw="message",
-             when=lambda post: isinstance(post["envelope"], dict) and not (
-                 {"from", "text", "message_id"} & {*post})),
+             when=lambda post: isinstance(post["envelope"], dict)
+             and {"from", "text", "message_id"}.isdisjoint(post)),
     # Its deprecated multipart format "original".
     Provider("CloudMailin", "message plain", envelope_from="from", raw="message",
              when=lambda post: isinstance(post["message"], bytes)),
@@ -1017,8 +1019,8 @@ PROVIDERS = (
     # Amazon SES. Requires: a receipt rule whose SNS action carries the mail (150 KB at most).
     # Authenticates by: ?secret= or Basic. Answers: 200; 5xx is tried again. Configure: an
     # HTTPS subscription, then open the SubscribeURL that `inbound rejected` shows.
-    Provider("Amazon SES", "notificationType content", "Received",
-             envelope_from="mail.source", raw="content"),
+    Provider("Amazon SES", "notificationType content", envelope_from="mail.source",
+             raw="content"),
     # SocketLabs. Requires: `account set validation_key=…`, and its Secret Key as our secret.
     # Authenticates by: SecretKey in the body. Answers: 200, always with the Validation Key.
     # Configure: Inbound API › the URL as it is.
@@ -1058,8 +1060,7 @@ PROVIDERS = (
     Provider("Inbound.new", "event email", "email.received", place="email"),
     # AgentMail. Requires: an inbox. Authenticates by: ?secret=. Answers: 2xx. Configure: a
     # webhook for message.received. Attachments are not in the post.
-    Provider("AgentMail", "event_type", place="message",
-             when=lambda post: str(post["event_type"]).startswith("message.received")),
+    Provider("AgentMail", "event_type", "message.received", place="message"),
     # MailPace. Requires: an inbound endpoint. Authenticates by: ?secret=. Answers: 2xx.
     # Configure: the domain's inbound URL.
     Provider("MailPace", "raw", raw="raw"),
@@ -1077,7 +1078,7 @@ PROVIDERS = (
     Provider("mailcast.io", "return_path email", envelope_from="return_path", raw="email"),
     # postal-mime, what a Cloudflare Email Worker posts. Authenticates by: ?secret= or a header.
     Provider("postal-mime", "headers from", envelope_from="returnPath",
-             when=lambda post: isinstance(post["from"], dict) and "message_id" not in post),
+             when=lambda post: isinstance(post["from"], dict)),
 )
 
 
@@ -1224,11 +1225,11 @@ def normalise(mail: Mail, is_strict: bool) -> Message:
         text = html_to_text(markup)
         if len(markup) > MAX_HTML:
             notes.append(f"the text is made of at most {MAX_HTML} characters of the HTML")
-    parents = fields["in_reply_to"] or header_values(headers, "in-reply-to")
-    references = fields["references"] or header_values(headers, "references")
     return Message(
-        message_id=message_id, digest=digest, in_reply_to=ids_of(parents),
-        references=ids_of(references), from_address=address, from_count=from_count,
+        message_id=message_id, digest=digest,
+        in_reply_to=ids_of(fields["in_reply_to"] or header_values(headers, "in-reply-to")),
+        references=ids_of(fields["references"] or header_values(headers, "references")),
+        from_address=address, from_count=from_count,
         from_name=one_line(fields["from_name"]) or name, envelope_from=envelope_from,
         to=addresses_of(fields["to"]), cc=addresses_of(fields["cc"]), subject=subject,
         text=text, html=markup or None, headers=headers, notes=notes,
@@ -1491,33 +1492,14 @@ def codec_of(charset: str) -> tuple[str, str]:
     return name, "replace" if MULTIBYTE.match(name) else "strict"
 
 
-def decode(content: bytes, charset: str | None, fallback: str | None = None) -> str:
-    """The text of bytes in the charset claimed; unlabelled, as UTF-8 or else in `fallback`."""
-    for each in (charset or "utf-8", fallback or ""):
-        with contextlib.suppress(LookupError, ValueError):
-            return content.decode(*codec_of(each))
+def decode(content: bytes, charset: str | None) -> str:
+    """The text of bytes in the charset claimed, else in UTF-8 or in Windows-1252."""
+    with contextlib.suppress(LookupError, ValueError):
+        return content.decode(*codec_of(charset or "utf-8"))
     text = content.decode("utf-8", "replace")
     if re.search("[^\0-\x7f\ufffd]", text):     # UTF-8 but for a broken byte
         return text
     return content.decode("cp1252", "replace")
-
-
-# What is shown of markup, in this order. What is not closed goes to the end, and a tag that has
-# no end is text before its attributes are looked for: nothing is ever looked at twice.
-VERBATIM = str.maketrans({" ": "\0", "\t": "\1", "\n": "<br>"})     # for blanks that count
-MARKUP: tuple[tuple[str, Any], ...] = (
-    (r"<!--(?:>|.*?-->|.*)|<(script|style|title)\b(?:.*?</\1\s*>|.*)", ""),
-    (r"<pre\b[^<>]*>.*?(?:</pre\s*>|\Z)", lambda found: verbatim(found[0])),
-    (r"\s+", " "),
-    (r"""<img\b(?=[^<>]*>)[^<>]*?\salt\s*=\s*(["']?)([^<>]*?)\1(?:\s[^<>]*)?/?>""", r"\2"),
-    (r"</?t[dh]\b[^<>]*>", " "),
-    (r"</?(?:address|article|aside|blockquote|br|caption|dd|div|dl|dt|figcaption|figure|footer|"
-     r"form|h[1-6]|header|hr|li|main|nav|ol|p|pre|section|table|tr|ul)\b[^<>]*>", "\n"),
-    (r"<(?!/?a\b)[/!?a-z][^<>]*>", ""),
-    (r"""<a\b(?=[^<>]*>)[^<>]*?\shref\s*=\s*(["']?)(?:mailto:)?([^<>]*?)\1(?:\s[^<>]*)?>"""
-     r"(.*?)(?=</?a\b|\Z)", lambda found: with_link(found[3], found[2])),
-    (r"</?a\b[^<>]*>", ""),
-    (r"&#(?:[0-9]{8,}|x[0-9a-f]{8,});?", "\ufffd"))
 
 
 def html_to_text(markup: str) -> str:
@@ -1533,13 +1515,33 @@ def html_to_text(markup: str) -> str:
     return text.translate(str.maketrans("\0\1", " \t"))
 
 
-def verbatim(preformatted: str) -> str:
-    return re.sub(">[^<]*", lambda text: text[0].translate(VERBATIM), preformatted)
+def verbatim(preformatted: re.Match[str]) -> str:
+    """A `pre` with its blanks as what no text has, which nothing takes for blanks."""
+    return re.sub(">[^<]*", lambda text: text[0].translate(VERBATIM), preformatted[0])
 
 
-def with_link(text: str, link: str) -> str:
+def with_link(found: re.Match[str]) -> str:
     """The text of a link and, unless it says so itself, where it leads."""
+    _, link, text = found.groups()
     return text if link in text or link[0] == "#" else f"{text} ({link})"
+
+
+# What is shown of markup, in this order. What is not closed goes to the end, and a tag that has
+# no end is text before its attributes are looked for: nothing is ever looked at twice.
+VERBATIM = str.maketrans({" ": "\0", "\t": "\1", "\n": "<br>"})     # for blanks that count
+MARKUP: tuple[tuple[str, Any], ...] = (
+    (r"<!--(?:>|.*?-->|.*)|<(script|style|title)\b(?:.*?</\1\s*>|.*)", ""),
+    (r"<pre\b[^<>]*>.*?(?:</pre\s*>|\Z)", verbatim),
+    (r"\s+", " "),
+    (r"""<img\b(?=[^<>]*>)[^<>]*?\salt\s*=\s*(["']?)([^<>]*?)\1(?:\s[^<>]*)?/?>""", r"\2"),
+    (r"</?t[dh]\b[^<>]*>", " "),
+    (r"</?(?:address|article|aside|blockquote|br|caption|dd|div|dl|dt|figcaption|figure|footer|"
+     r"form|h[1-6]|header|hr|li|main|nav|ol|p|pre|section|table|tr|ul)\b[^<>]*>", "\n"),
+    (r"<(?!/?a\b)[/!?a-z][^<>]*>", ""),
+    (r"""<a\b(?=[^<>]*>)[^<>]*?\shref\s*=\s*(["']?)(?:mailto:)?([^<>]*?)\1(?:\s[^<>]*)?>"""
+     r"(.*?)(?=</?a\b|\Z)", with_link),
+    (r"</?a\b[^<>]*>", ""),
+    (r"&#(?:[0-9]{8,}|x[0-9a-f]{8,});?", "\ufffd"))
 
 
 # -----------------------------------------------------------------------------------------
