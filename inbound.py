@@ -1409,7 +1409,7 @@ def mailboxes_of(value: Any) -> list[tuple[str, str]]:
             name = UNQUOTE.sub(r"\1", name).strip(" ,;") or comment
             mailboxes.append((one_line(name), address or bare))
         return mailboxes
-    for item in items_of(at(value, ("value", "addresses")) or value):
+    for item in items_of(at(value, ("value", "addresses")) or value)[:MAX_FIELDS]:
         if isinstance(item, list):      # Mandrill: [address, name]
             item = next(iter(item), "")
         known = spelled(item)
