@@ -532,6 +532,9 @@ JSON_MARK = re.compile(r'\\.|["\[\]{},]', re.S)
 CLOSERS = {"[": "]", "{": "}"}
 
 
+OwnProviders = Callable[[], list[tuple[str, Row]]]
+
+
 class Fields(Row):
     """The fields of a body; only what was a JSON object may be the canonical body."""
 
@@ -539,11 +542,11 @@ class Fields(Row):
     cut = ""                    # which bound of the budget it went past
 
 
-def read(post: Post, own_providers: Callable[[], list[tuple[str, Row]]]) -> Reading:
+def read(post: Post, own_providers: OwnProviders) -> Reading:
     """Tell what a post carries; `own_providers` returns the rows of that table.
 
-    Refused 400: not decodable, 415: no type that mail comes in, 422: no mail in it, and what
-    to do about it.
+    Refused 400: not decodable, 415: no type that mail comes in, 422: no mail in it, and
+    what to do about it.
     """
     fields = fields_of(post.content_type, post.body)
     if isinstance(fields, bytes):
@@ -553,17 +556,22 @@ def read(post: Post, own_providers: Callable[[], list[tuple[str, Row]]]) -> Read
         if notice := notice_in(fields):
             return Reading("", [], notice=notice, is_kept="SubscribeURL" in fields)
         if not fields.is_object:
-            raise Refused(400, "no provider known posts such a form, list or value; "
-                               "expected a JSON object")
+            raise Refused(400, (
+                "no provider known posts such a form, list or value; expected a JSON "
+                "object"))
         if fields and not CANONICAL.keys() & fields.keys():
-            raise Refused(422, "no known provider posts this; it is kept: describe it in the "
-                               "table `provider`, then `inbound rejected replay`, or send the "
-                               "canonical body (`from`, `message_id`, …)")
+            raise Refused(422, (
+                "no known provider posts this; it is kept: describe it in the table "
+                "`provider`, then `inbound rejected replay`, or send the canonical body "
+                "(`from`, `message_id`, …)"))
         provider = CANONICAL_BODY
     members = members_of(provider, fields) if provider.batch else [fields]
-    return Reading(provider.name, members, functools.partial(mail_of, provider),
-                   is_batch=bool(provider.batch), cut=fields.cut,
-                   notice=f"{provider.name} posted no mail")
+    return Reading(
+        provider.name, members,
+        to_mail=functools.partial(mail_of, provider),
+        is_batch=bool(provider.batch),
+        notice=f"{provider.name} posted no mail",
+        cut=fields.cut)
 
 
 def fields_of(content_type: str, body: bytes) -> Fields | bytes:
@@ -576,8 +584,8 @@ def fields_of(content_type: str, body: bytes) -> Fields | bytes:
             raise Refused(400, f"the {kind} is empty; expected a mail")
         return body
     if kind == "multipart/form-data":
-        parts = split_parts(memoryview(body), header.get_boundary() or "", MAX_FIELDS)
-        return form_of(parts, multipart_field)
+        boundary = header.get_boundary() or ""
+        return form_of(split_parts(memoryview(body), boundary, MAX_FIELDS), multipart_field)
     is_json = kind.endswith(("/json", "+json"))
     if not is_json and kind not in ("text/plain", FORM):
         # As it was sent, and whole: a secret in it is starred out in its own spelling.
@@ -599,16 +607,17 @@ def multipart_field(part: memoryview) -> FormField:
     headers, content = MimeReader().head_of(part)
     header = content_headers(headers)
     name = str(header.get_param("name", "", "content-disposition"))
-    is_file = header.get_filename() is not None or header.get_content_maintype() != "text"
     value = bytes(content)
-    return name, file_of(header, value) if is_file else None, value
+    if header.get_filename() is None and header.get_content_maintype() == "text":
+        return name, None, value
+    return name, file_of(header, value), value
 
 
 def url_encoded_field(pair: bytes) -> FormField:
     """A field of a form; a bare name is a field without a value.
 
-    Percent-encoding is quoted-printable with another sign. We do not use urllib: it makes an
-    object of each escape, 17 times the size.
+    Percent-encoding is quoted-printable with another sign. We do not use urllib: it makes
+    an object of each escape, 17 times the size.
     """
     quoted = pair.replace(b"+", b" ").replace(b"=", b"%3D").replace(b"%", b"=")
     name, _, value = binascii.a2b_qp(quoted).partition(b"=")
@@ -618,7 +627,7 @@ def url_encoded_field(pair: bytes) -> FormField:
 def form_of(pieces: list[Any], field_of: Callable[[Any], FormField]) -> Fields:
     """The fields of a form by name, its files in `files`.
 
-    `envelope[to]` and `attachments[0][filename]` become objects, as their senders mean them.
+    `envelope[to]` and `attachments[0][filename]` become objects, as they are meant.
     """
     form = Fields()
     files = []
@@ -629,7 +638,7 @@ def form_of(pieces: list[Any], field_of: Callable[[Any], FormField]) -> Fields:
             files.append(file | {"field": name})
         else:
             texts.setdefault(name, []).append(content)      # Mailgun may repeat a body
-    charsets = json_in(b"".join(texts.get("charsets", [])).decode("latin-1"))
+    charsets = json_in(decode(b"".join(texts.get("charsets", [])), None))
     for name, contents in texts.items():
         *branches, leaf = name.replace("]", "").split("[", 4)[:4]
         branch: Row = form
@@ -664,9 +673,9 @@ def parse_json(body: bytes) -> Fields:
         text = body.decode("utf-8-sig")
         within = within_json_budget(text)
         value = json.loads(within, parse_constant=int)      # int("NaN") raises
-    except (ValueError, RecursionError) as error:           # UnicodeDecodeError is the former
-        reason = f"the body is not JSON in UTF-8: {printable(str(error))[:200]}"
-        raise Refused(400, reason) from None
+    except (ValueError, RecursionError) as error:       # UnicodeDecodeError is the former
+        reason = printable(str(error))[:200]
+        raise Refused(400, f"the body is not JSON in UTF-8: {reason}") from None
     is_object = isinstance(value, dict)
     if is_object and "TopicArn" in value:       # SNS: what was published is inside
         value = json_in(value.get("Message")) or value
@@ -677,7 +686,7 @@ def parse_json(body: bytes) -> Fields:
 
 
 def within_json_budget(text: str) -> str:
-    """A JSON text itself, or as much of its beginning as MAX_VALUES allows, closed properly.
+    """A JSON text, or as much of its beginning as MAX_VALUES allows, closed properly.
 
     Python takes up to 60 bytes for each of the 3 in `[],`.
     """
@@ -703,14 +712,11 @@ def within_json_budget(text: str) -> str:
     return text
 
 
-def json_in(text: Any, pairs: Callable[[Any], Any] | None = None) -> Any:
-    """The JSON object or list in a field of text; {} where there is none.
-
-    `pairs` makes another thing than a dict of an object's (name, value) pairs.
-    """
+def json_in(text: Any) -> Any:
+    """The JSON object or list in a field of text; {} where there is none."""
     if isinstance(text, str) and re.match(r"\s*[\[{]", text):
         with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(within_json_budget(text), object_pairs_hook=pairs)
+            return json.loads(within_json_budget(text))
     return {}
 
 
@@ -720,7 +726,8 @@ def at(value: Any, path: Any, missing: Any = None) -> Any:
     Of a tuple of paths the first that holds something.
     """
     if isinstance(path, tuple):
-        return next(filter(None, [at(value, each) for each in path]), missing)
+        found = [at(value, each) for each in path]
+        return next(filter(None, found), missing)
     if path is None:
         return missing
     for step in filter(None, path.split(".")):
@@ -735,9 +742,10 @@ def at(value: Any, path: Any, missing: Any = None) -> Any:
 
 
 def items_of(value: Any) -> list[Any]:
-    """A list, what stands for one (`a[0]`, `a[1]` of a form, Mandrill's by name), or one value."""
+    """A list, what stands for one (a form's `a[0]`, Mandrill's by name), or one value."""
     if isinstance(value, dict) and all(
-            key.isdigit() or isinstance(value[key], dict) for key in value):
+            key.isdigit() or isinstance(value[key], dict)
+            for key in value):
         return [*value.values()]
     if isinstance(value, list):
         return value
@@ -754,8 +762,8 @@ def items_of(value: Any) -> list[Any]:
 # The first two match everywhere, if only nothing, or the end.
 MBOX = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:>?From [^\n]*\n)*")
 END_OF_HEAD = re.compile(rb"(?m)^[ \t]*\r?\n|\Z")           # a line of blanks is an end too
-HEADER_LINE = re.compile(r"(?s)\A(?:([!-9;-~]+)[ \t]*:)?(.*)")  # RFC 5322 4.5: blanks before it
-SHOWN = re.compile("text/(?:plain|html)|multipart/.*")      # that is, as far as it is inline
+HEADER_LINE = re.compile(r"(?s)\A(?:([!-9;-~]+)[ \t]*:)?(.*)")     # RFC 5322 4.5: blanks
+SHOWN = re.compile("text/(?:plain|html)|multipart/.*")          # as far as it is inline
 
 
 def mail_of_mime(content: bytes) -> Mail:
@@ -764,10 +772,12 @@ def mail_of_mime(content: bytes) -> Mail:
     reader = MimeReader()
     raw_headers, body = reader.head_of(memoryview(content)[start:])
     leaves = [*reader.leaves(raw_headers, body)]
-    inline = [fields for fields, _ in leaves if SHOWN.fullmatch(fields.get_content_type())
+    inline = [fields for fields, _ in leaves
+              if SHOWN.fullmatch(fields.get_content_type())
               and fields.get_content_disposition() != "attachment"]
     # RFC 2183 2.1: inline is shown; a named one when there is no other.
-    texts = [fields for fields in inline if fields.get_filename() is None] or inline
+    unnamed = [fields for fields in inline if fields.get_filename() is None]
+    texts = unnamed or inline
     text: list[str] = []
     markup: list[str] = []
     attachments = []
@@ -779,9 +789,11 @@ def mail_of_mime(content: bytes) -> Mail:
         else:
             attachments.append(file_of(fields, decoded))
     charset = texts[0].get_content_charset() if texts else None
-    headers = [[name, header_text(value, charset)] for name, value in raw_headers]
-    mail: Mail = {"headers": headers, "text": "\n".join(text), "html": "\n".join(markup),
-                  "attachments": attachments}
+    mail: Mail = {
+        "headers": [[name, header_text(value, charset)] for name, value in raw_headers],
+        "text": "\n".join(text),
+        "html": "\n".join(markup),
+        "attachments": attachments}
     if reader.cut:
         mail["whole"] = (reader.cut, "message.eml", "message/rfc822", content)
     return mail
@@ -797,11 +809,11 @@ class MimeReader:
     cut: str = ""
 
     def head_of(self, content: memoryview) -> tuple[Headers, memoryview]:
-        """Headers, values with their folds, and body. Bytes that are no UTF-8 are surrogates."""
+        """Headers, with their folds and surrogates for what is no UTF-8, and body."""
         start, end = next(END_OF_HEAD.finditer(content)).span()
         size = min(start, self.size)
         head = str(content[:size], "utf-8", "surrogateescape").strip("\r\n")
-        lines = re.split(r"\r?\n(?![ \t])", head, self.lines + 1)
+        lines = re.split(r"\r?\n(?![ \t])", head, maxsplit=self.lines + 1)
         if start > size or len(lines) > self.lines:
             self.cut = f"over {MAX_HEADER_LINES} lines or 256 KB of headers"
         headers = []
@@ -817,8 +829,9 @@ class MimeReader:
         """(Content- headers, body) of all that is in a part and holds no parts itself."""
         fields = content_headers(headers)
         fields.set_default_type(default)
+        kind = fields.get_content_type()
         parts: list[memoryview] = []
-        if fields.get_content_maintype() == "multipart":
+        if kind.startswith("multipart/"):
             parts = split_parts(body, fields.get_boundary() or "", self.parts)
         if parts and depth == MAX_DEPTH:
             self.cut = f"more than {MAX_DEPTH} multiparts inside each other"
@@ -826,8 +839,7 @@ class MimeReader:
         if not parts:
             yield fields, body
         # RFC 2046 5.1.5: what a digest holds is a mail unless it says otherwise.
-        is_digest = fields.get_content_type() == "multipart/digest"
-        default = "message/rfc822" if is_digest else "text/plain"
+        default = "message/rfc822" if kind == "multipart/digest" else "text/plain"
         for part in parts:
             if not self.parts:
                 self.cut = f"more than {MAX_PARTS} parts"
@@ -837,7 +849,7 @@ class MimeReader:
 
 
 def split_parts(content: memoryview, boundary: str, most: int) -> list[memoryview]:
-    """The parts between the lines of a boundary (RFC 2046 5.1.1), `most` + 1 of them at most.
+    """The parts between the lines of a boundary (RFC 2046 5.1.1), at most `most` + 1.
 
     The line end before a boundary is the boundary's. A missing last line ends nothing.
     """
@@ -849,7 +861,9 @@ def split_parts(content: memoryview, boundary: str, most: int) -> list[memoryvie
     for found in re.finditer(line, content) if boundary else ():
         if start:
             end = found.start() - 1
-            parts.append(content[start:end - (content[end - 1:end] == b"\r")])
+            if content[end - 1:end] == b"\r":
+                end -= 1
+            parts.append(content[start:end])
         start = found.end()
         if found[1] or len(parts) > most:
             return parts
@@ -859,7 +873,7 @@ def split_parts(content: memoryview, boundary: str, most: int) -> list[memoryvie
 
 
 def content_headers(headers: Headers) -> email.message.Message:
-    """Those headers that begin with Content-, for email.message to read their parameters."""
+    """The headers that begin with Content-, for email.message to read their parameters."""
     fields = email.message.Message()
     for name, value in headers:
         if name[:8].lower() == "content-":
@@ -871,20 +885,22 @@ def content_headers(headers: Headers) -> email.message.Message:
 
 def file_of(fields: email.message.Message, content: Any) -> Row:
     """An attachment, as `attachments` holds it, of a part with these headers."""
-    return {"filename": fields.get_filename(), "type": fields.get_content_type(),
-            "cid": fields.get("Content-ID"), "content": content}
+    return {
+        "filename": fields.get_filename(),
+        "type": fields.get_content_type(),
+        "cid": fields.get("Content-ID"),
+        "content": content}
 
 
 def header_text(value: str, charset: str | None) -> str:
     """A header's value; bytes in it that are no UTF-8 are in the charset of the body."""
-    content = value.encode("utf-8", "surrogateescape")
-    with contextlib.suppress(UnicodeDecodeError):
-        return content.decode()
-    return decode(content, charset)
+    if not UNSTORABLE.search(value):
+        return value
+    return decode(value.encode("utf-8", "surrogateescape"), charset)
 
 
 def transfer_decoded(fields: email.message.Message, content: memoryview) -> bytes:
-    """A part's content without its transfer encoding (RFC 2045 6); what is broken as it is."""
+    """A part's content without its transfer encoding (RFC 2045 6); broken, as it is."""
     encoding = str(fields.get("Content-Transfer-Encoding")).lower()
     with contextlib.suppress(ValueError):
         if encoding == "base64":
@@ -903,19 +919,23 @@ def base64_decoded(content: bytes | memoryview) -> bytes:
 
 # -----------------------------------------------------------------------------------------
 # Read, providers: a card, and how its posts are recognised. What providers call the same
-# thing is one table; what is odd about one is a function, `mend`. Where the mail lies deeper
-# in the post, `place` is the path. A post with the whole mail (`raw`) is read from that alone.
+# thing is one table; what is odd about one is a function, `mend`. Where the mail lies
+# deeper in the post, `place` is the path. A post with the whole mail (`raw`) is read from
+# that alone.
 
 # Canonical name → what it has to be, in words and in types. A number is a string, too.
 CANONICAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("from", "to", "cc"), ("a mailbox or a list of them", str, list, dict)),
-    **dict.fromkeys(("from_name", "subject", "text", "html", "message_id"), ("a string", str)),
-    **dict.fromkeys(("in_reply_to", "references"), ("a string or a list", str, list)),
+    **dict.fromkeys(
+        ("from", "to", "cc"), ("a mailbox or a list of them", str, list, dict)),
+    **dict.fromkeys(
+        ("from_name", "subject", "text", "html", "message_id"), ("a string", str)),
+    **dict.fromkeys(
+        ("in_reply_to", "references"), ("a string or a list", str, list)),
     "headers": ("an object of names and values", dict, list, str),
     "envelope": ("an object whose `from` is a string or null", dict),
     "attachments": ("a list of objects", list)}
-# Canonical name, or header (with a capital) → what providers call it, in lower case and without
-# punctuation; of several the first that holds something.
+# Canonical name, or header (with a capital) → what providers call it, in lower case and
+# without punctuation; of several the first that holds something.
 SPELLINGS = {name: tuple(words.split()) for name, words in {
     "from": "fromfull fromemail from", "from_name": "fromname", "subject": "subject",
     "to": "tofull to recipients.to.data", "cc": "ccfull cc",
@@ -929,7 +949,8 @@ SPELLINGS = {name: tuple(words.split()) for name, words in {
 }.items()}
 VERDICT = ("spamscore", "spamstatus", "spamreport.score", "spamassassinscore", "isspam",
            "receipt.dmarcVerdict.status")
-FILES = ("files", "attachments", "images", "inlines", "embeddedmedia", "parseddata.attachments")
+FILES = ("files", "attachments", "images", "inlines", "embeddedmedia",
+         "parseddata.attachments")
 
 
 @dataclass(frozen=True)
@@ -938,11 +959,11 @@ class Provider:
 
     name: str
     keys: str                           # the fields that each of its posts has …
-    mark: str = ""                      # … the value of the first, where only that tells it …
+    mark: str = ""                      # … the value of the first, if that tells it …
     when: Callable[[Fields], Any] = bool    # … and what else has to hold
     batch: str = ""                     # path of the list, where it posts several mails …
     member: str = ""                    # … and of the mail in each of its items
-    place: str | None = ""              # path of the mail; None: it has nothing but `fields`
+    place: str | None = ""              # path of the mail; None: only `fields` are read
     envelope_from: str = ""             # path of MAIL FROM
     raw: str = ""                       # path of the whole mail
     mend: Callable[[Row, Mail], Any] | None = None      # (post, what was found in it)
@@ -955,16 +976,16 @@ def squeezed(name: str) -> str:
 
 def spelled(value: Any) -> Row:
     """An object by its squeezed names; what is no object has none."""
-    return {squeezed(name): value[name] for name in value} if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        return {}
+    return {squeezed(name): value[name] for name in value}
 
 
 def mend_files(post: Row, mail: Mail) -> None:
-    """Mailgun's files have their ids in a map beside them, SendGrid's their names, too.
-
-    {content-id: field} has keys that repeat; json.loads would keep the last.
-    """
-    pairs = json_in(post.get("content-id-map"), pairs=list)
-    ids = {str(pair[1]): pair[0] for pair in pairs if isinstance(pair, tuple)}
+    """Mailgun's files have their ids in a map beside them, SendGrid's their names, too."""
+    # {content-id: field} has keys that repeat: json.loads would keep the last.
+    pairs = re.findall(r'"([^"]*)"\s*:\s*"([^"]*)"', str(post.get("content-id-map")))
+    ids = {place: content_id for content_id, place in pairs}
     infos = json_in(post.get("attachment-info"))
     for file in mail["attachments"]:
         place = str(file.get("field"))
@@ -973,13 +994,15 @@ def mend_files(post: Row, mail: Mail) -> None:
         file["cid"] = ids.get(place) or at(info, "content-id")
 
 
-def mend_postal(post: Row, mail: Mail) -> None:     # what strip_replies cut off is put back
+def mend_postal(post: Row, mail: Mail) -> None:
+    """What its option strip_replies cut off is put back."""
     replies = post.get("replies_from_plain_body")
     if replies:
         mail["text"] = f"{mail['text'] or ''}\n{replies}"
 
 
-def mend_mailjet(post: Row, mail: Mail) -> None:    # names in one place, contents in another
+def mend_mailjet(post: Row, mail: Mail) -> None:
+    """Its attachments have their names in one place, their contents in another."""
     mail["attachments"] = []
     for part in items_of(post.get("Parts")):
         place = at(part, "ContentRef")      # a part that holds parts has none
@@ -1007,8 +1030,8 @@ CANONICAL_BODY = Provider(
     fields={name: name for name in CANONICAL})
 PROVIDERS = (
     # Postal. Requires: an HTTP endpoint. Authenticates by: ?secret= or Basic. Answers: 2xx;
-    # 4xx bounces, 5xx is tried again. Configure: Routing › HTTP endpoints. It has all that the
-    # canonical body needs, and so stands before it.
+    # 4xx bounces, 5xx is tried again. Configure: Routing › HTTP endpoints. It has all that
+    # the canonical body needs, and so stands before it.
     Provider("Postal", "rcpt_to mail_from", envelope_from="mail_from", raw="message",
              mend=mend_postal),
     CANONICAL_BODY,
@@ -1016,17 +1039,17 @@ PROVIDERS = (
     # tried again. Configure: Inbound › Domains › Routes. It probes the URL with HEAD first.
     Provider("Mandrill", "mandrill_events", batch="mandrill_events", member="msg",
              raw="raw_msg"),
-    # Mailgun. Requires: a route. Authenticates by: ?secret=. Answers: 200; 406 is final, all
-    # else tried again for 8 h. Configure: Receiving › Routes › forward(). A URL that ends in
-    # `mime` gets the whole mail.
+    # Mailgun. Requires: a route. Authenticates by: ?secret=. Answers: 200; 406 is final,
+    # all else tried again for 8 h. Configure: Receiving › Routes › forward(). A URL that
+    # ends in `mime` gets the whole mail.
     Provider("Mailgun", "timestamp token signature", when=lambda post: "event" not in post,
              envelope_from="sender", raw="body-mime", mend=mend_files),
-    # SendGrid. Requires: Inbound Parse. Authenticates by: ?secret= or Basic. Answers: 2xx; 5xx
-    # is tried again for 3 days, 4xx is final. Configure: Settings › Inbound Parse.
+    # SendGrid. Requires: Inbound Parse. Authenticates by: ?secret= or Basic. Answers: 2xx;
+    # 5xx is tried again for 3 days, 4xx is final. Configure: Settings › Inbound Parse.
     Provider("SendGrid", "envelope", when=lambda post: isinstance(post["envelope"], str),
              envelope_from="envelope.from", raw="email", mend=mend_files),
-    # CloudMailin. Requires: an address. Authenticates by: Basic or ?secret=. Answers: 2xx; 4xx
-    # bounces the mail, 5xx lets the sender's server try again. Configure: the target.
+    # CloudMailin. Requires: an address. Authenticates by: Basic or ?secret=. Answers: 2xx;
+    # 4xx bounces the mail, 5xx lets the sender's server try again. Configure: the target.
     Provider("CloudMailin", "envelope", envelope_from="envelope.from", raw="message",
              when=lambda post: isinstance(post["envelope"], dict)
              and {"from", "text", "message_id"}.isdisjoint(post)),
@@ -1040,37 +1063,40 @@ PROVIDERS = (
                                    for event in items_of(post["events"])),
              place="content", envelope_from="msg_from", raw="content.email_rfc822",
              fields={"from": "friendly_from"}),
-    # Amazon SES. Requires: a receipt rule whose SNS action carries the mail (150 KB at most).
-    # Authenticates by: ?secret= or Basic. Answers: 200; 5xx is tried again. Configure: an
-    # HTTPS subscription, then open the SubscribeURL that `inbound rejected` shows.
+    # Amazon SES. Requires: a receipt rule whose SNS action carries the mail (150 KB at
+    # most). Authenticates by: ?secret= or Basic. Answers: 200; 5xx is tried again.
+    # Configure: an HTTPS subscription, then open the SubscribeURL that `inbound rejected`
+    # shows.
     Provider("Amazon SES", "notificationType content", envelope_from="mail.source",
              raw="content"),
-    # SocketLabs. Requires: `account set validation_key=…`, and its Secret Key as our secret.
-    # Authenticates by: SecretKey in the body. Answers: 200, always with the Validation Key.
-    # Configure: Inbound API › the URL as it is.
+    # SocketLabs. Requires: `account set validation_key=…`, and its Secret Key as our
+    # secret. Authenticates by: SecretKey in the body. Answers: 200, always with the
+    # Validation Key. Configure: Inbound API › the URL as it is.
     Provider("SocketLabs", "InboundMailFrom Message", place="Message",
              envelope_from="InboundMailFrom"),
-    # Postmark. Requires: an inbound stream. Authenticates by: ?secret= or Basic. Answers: 200;
-    # all but 403 is tried again for 10 h. Configure: the stream's webhook. MessageID is its own.
+    # Postmark. Requires: an inbound stream. Authenticates by: ?secret= or Basic. Answers:
+    # 200; all but 403 is tried again for 10 h. Configure: the stream's webhook. MessageID
+    # is its own.
     Provider("Postmark", "FromFull", raw="RawEmail", fields={"message_id": None}),
-    # Brevo. Requires: inbound parsing. Authenticates by: ?secret=, Basic or a header. Answers:
-    # 2xx; 4xx is final. Configure: POST /v3/webhooks, type inbound. Of attachments only the
-    # names are posted.
+    # Brevo. Requires: inbound parsing. Authenticates by: ?secret=, Basic or a header.
+    # Answers: 2xx; 4xx is final. Configure: POST /v3/webhooks, type inbound. Of attachments
+    # only the names are posted.
     Provider("Brevo", "items", batch="items", when=lambda post: "from" not in post),
-    # Mailjet. Requires: the Parse API. Authenticates by: ?secret= or Basic. Answers: 200, else
-    # tried again. Configure: POST /v3/REST/parseroute with the Url.
+    # Mailjet. Requires: the Parse API. Authenticates by: ?secret= or Basic. Answers: 200,
+    # else tried again. Configure: POST /v3/REST/parseroute with the Url.
     Provider("Mailjet", "Recipient Sender", envelope_from="Sender", mend=mend_mailjet),
-    # MailerSend. Requires: an inbound route. Authenticates by: ?secret=. Answers: 2xx within
-    # 3 s; all else is final. Configure: the route's POST URL. data.id is MailerSend's own.
+    # MailerSend. Requires: an inbound route. Authenticates by: ?secret=. Answers: 2xx
+    # within 3 s; all else is final. Configure: the route's POST URL. data.id is
+    # MailerSend's own.
     Provider("MailerSend", "type", "inbound.message", place="data",
              envelope_from="data.sender.email", raw="data.raw"),
-    # Forward Email. Requires: a webhook as an alias's recipient. Authenticates by: ?secret=.
-    # Answers: exactly 200. Configure: the alias.
+    # Forward Email. Requires: a webhook as an alias's recipient. Authenticates by:
+    # ?secret=. Answers: exactly 200. Configure: the alias.
     Provider("Forward Email", "session headerLines", envelope_from="session.sender"),
     # mailparser, the parser of Node's nodemailer, in a script of your own.
     Provider("mailparser", "headerLines"),
-    # ImprovMX. Requires: an alias that is a webhook. Authenticates by: ?secret=. Answers: 2xx,
-    # else tried three times in all. Configure: the alias's destination.
+    # ImprovMX. Requires: an alias that is a webhook. Authenticates by: ?secret=. Answers:
+    # 2xx, else tried three times in all. Configure: the alias's destination.
     Provider("ImprovMX", "message-id return-path", envelope_from="return-path.email"),
     # AhaSend. Requires: an inbound route. Authenticates by: ?secret=. Answers: 2xx.
     # Configure: the route's webhook. data.id is AhaSend's own.
@@ -1079,8 +1105,8 @@ PROVIDERS = (
     # Configure: the route's webhook. data.message_id is its own.
     Provider("Lettermint", "event", "message.inbound", place="data",
              fields={"message_id": None}),
-    # Inbound.new. Requires: an endpoint. Authenticates by: ?secret=. Answers: 2xx. Configure:
-    # the endpoint's URL. Attachments are posted by URL.
+    # Inbound.new. Requires: an endpoint. Authenticates by: ?secret=. Answers: 2xx.
+    # Configure: the endpoint's URL. Attachments are posted by URL.
     Provider("Inbound.new", "event email", "email.received", place="email"),
     # AgentMail. Requires: an inbox. Authenticates by: ?secret=. Answers: 2xx. Configure: a
     # webhook for message.received. Attachments are not in the post.
@@ -1088,35 +1114,37 @@ PROVIDERS = (
     # MailPace. Requires: an inbound endpoint. Authenticates by: ?secret=. Answers: 2xx.
     # Configure: the domain's inbound URL.
     Provider("MailPace", "raw", raw="raw"),
-    # mox, a mail server. Requires: an account's incoming webhook. Authenticates by: ?secret=
-    # or its Authorization setting. Answers: 200. It posts neither headers nor attachments.
+    # mox, a mail server. Requires: an account's incoming webhook. Authenticates by:
+    # ?secret= or its Authorization setting. Answers: 200. It posts neither headers nor
+    # attachments.
     Provider("mox", "Meta MessageID", envelope_from="Meta.MailFrom", mend=mend_mox),
     # Maileroo. Requires: inbound routing. Authenticates by: ?secret=. Answers: 2xx.
     # Configure: the route's webhook. Attachments are posted by URL.
     Provider("Maileroo", "envelope_sender", envelope_from="envelope_sender"),
-    # Customers Mail Cloud (HENNGE). Requires: a webhook. Authenticates by: ?secret=. Answers:
-    # 200. Configure: the domain's receive webhook.
+    # Customers Mail Cloud (HENNGE). Requires: a webhook. Authenticates by: ?secret=.
+    # Answers: 200. Configure: the domain's receive webhook.
     Provider("Customers Mail Cloud", "server_composition", envelope_from="envelope-from"),
-    # mailcast.io. Requires: a route with the fields email and return_path. Authenticates by:
-    # ?secret=. Answers: 2xx.
+    # mailcast.io. Requires: a route with the fields email and return_path. Authenticates
+    # by: ?secret=. Answers: 2xx.
     Provider("mailcast.io", "return_path email", envelope_from="return_path", raw="email"),
-    # postal-mime, what a Cloudflare Email Worker posts. Authenticates by: ?secret= or a header.
+    # postal-mime, what a Cloudflare Email Worker posts. Authenticates by: ?secret= or a
+    # header.
     Provider("postal-mime", "headers from", envelope_from="returnPath",
              when=lambda post: isinstance(post["from"], dict)),
 )
 
 
-def provider_of(fields: Fields, own_providers: Callable[[], list[tuple[str, Row]]]
-                ) -> Provider | None:
+def provider_of(fields: Fields, own_providers: OwnProviders) -> Provider | None:
     """Whose post this is: ours are asked first, then the rows of the table."""
     for provider in PROVIDERS:
-        first, *more = provider.keys.split()
-        if first in fields and fields.keys() >= {*more} and provider.mark in (
-                "", fields[first]) and provider.when(fields):
+        keys = provider.keys.split()
+        if not fields.keys() >= {*keys}:
+            continue
+        if provider.mark in ("", fields[keys[0]]) and provider.when(fields):
             return provider
     for name, paths in own_providers():
-        if all(at(fields, paths.get(each), fields) is not fields
-               for each in ("from", "message_id")):
+        needed = [at(fields, paths.get(each), fields) for each in ("from", "message_id")]
+        if not any(value is fields for value in needed):
             return Provider(name, "", place=None, fields=paths)
     return None
 
@@ -1131,16 +1159,21 @@ def members_of(provider: Provider, post: Row) -> list[Any]:
         items = json_in(items)
     if not isinstance(items, list):
         raise Refused(400, f"{provider.batch} is no list of {provider.name}'s")
-    members = [at(item, provider.member, None if isinstance(item, dict) else item)
-               for item in items if at(item, "event") in (None, "inbound")]
-    return [member for member in members if member is not None]
+    members = []
+    for item in items:
+        if isinstance(item, dict):
+            is_mail = at(item, "event") in (None, "inbound")
+            item = at(item, provider.member) if is_mail else None
+        if item is not None:
+            members.append(item)
+    return members
 
 
 # What brings no mail: events, by their names; and what only says that there is a mail.
 EVENT = re.compile(
-    r"(?i)(?:.*(?:activity|click|complain|contact|deferred|deliver|domain|drop|fail|held|list_|"
-    r"open|process|sent|spam_report|subscri|suppress|bounce|track|queued).*|webhook\..*|"
-    r"validation)")
+    r"(?i)(?:.*(?:activity|bounce|click|complain|contact|deferred|deliver|domain|drop|fail|"
+    r"held|list_|open|process|queued|sent|spam_report|subscri|suppress|track).*|"
+    r"webhook\..*|validation)")
 METADATA_ONLY = {
     "Resend": "data.email_id", "Nylas": "specversion", "Emailit": "data.object",
     "Mailtrap": "events.0.event", "MailSlurp": "emailId", "Gmail": "subscription",
@@ -1149,34 +1182,40 @@ METADATA_ONLY = {
 
 
 def notice_in(post: Row) -> str:
-    """What a post without a mail is, in words; Refused 422 for one that tells of a mail only."""
+    """What a post without a mail is, in words; Refused 422: it only tells of a mail."""
     if "SubscribeURL" in post:
-        return "an SNS subscription: open the SubscribeURL that `inbound rejected show` prints"
-    name = at(post, ("event_type", "event", "type", "RecordType", "Type", "notificationType",
-                     "event-data.event", "events.0.event"))
+        return "an SNS subscription: open the SubscribeURL that `rejected show` prints"
+    name = at(post, (
+        "event_type", "event", "type", "RecordType", "Type", "notificationType",
+        "event-data.event", "events.0.event"))
     if isinstance(name, str) and ("TopicArn" in post or EVENT.fullmatch(name[:200])):
         return f"an event, no mail: {printable(name)[:80]}"
     for provider, path in METADATA_ONLY.items():
         if at(post, path) is not None:
-            raise Refused(422, f"{provider} posts neither text nor headers, only that there is a "
-                               "mail: have it forwarded to another provider or `inbound relay`")
+            raise Refused(422, (
+                f"{provider} posts neither text nor headers, only that there is a mail: "
+                "have it forwarded to another provider or `inbound relay`"))
     return ""
 
 
 def mail_of(provider: Provider, post: Any) -> Mail:
     """The canonical dict of a post whose fields live where `provider` says."""
     if not isinstance(post, dict):
-        raise ValueError(f"a mail of the batch is {type(post).__name__}, expected an object")
+        raise ValueError(f"a mail is {type(post).__name__}, expected an object")
     known = spelled(at(post, provider.place))
     raw = raw_mail_of(at(post, provider.raw))
     if raw:
         mail = mail_of_mime(raw)
     else:
         mail = {name: at(known, paths) for name, paths in SPELLINGS.items() if known}
-        mail["attachments"] = [file for name in FILES for file in items_of(
-            json_in(at(known, name)) or at(known, name)) if isinstance(file, dict)]
-        mail |= {name: at(post, path) for name, path in provider.fields.items()
-                 if name in CANONICAL}
+        listed = [at(known, name) for name in FILES]
+        mail["attachments"] = [
+            file for files in listed
+            for file in items_of(json_in(files) or files)
+            if isinstance(file, dict)]
+        mail |= {
+            name: at(post, path) for name, path in provider.fields.items()
+            if name in CANONICAL}
         if provider.mend:
             provider.mend(post, mail)
         if provider.place is not None and not any(mail.values()):
@@ -1200,18 +1239,21 @@ def raw_mail_of(value: Any) -> bytes:
 # Normalise: canonical dict → Message. Text is cleaned once, here, and trusted from here on.
 
 # Quoted local parts and address literals are stored, but never written to.
-ADDR_SPEC = (r'(?:[^\s<>()\[\],;:\\"@]+|"[^"\r\n]+")@(?:[^\s<>()\[\],;:\\"@]+|\[[^\s\[\]<>]+\])'
-             "|mailer-daemon")
+ATOM = r'[^\s<>()\[\],;:\\"@]+'
+ADDR_SPEC = rf'(?:{ATOM}|"[^"\r\n]+")@(?:{ATOM}|\[[^\s\[\]<>]+\])|mailer-daemon'
 QUOTED = r'"(?:[^"\\]|\\.)*"'
 # Name <address>, or address (name). Providers post decoded names without their quotes: in
-# `Doe, John <j@example.org>` the comma is the name's, in `a@example.org, <b@example.org>` not.
+# `Doe, John <j@example.org>` the comma is the name's, in `a@example.org, <b@example.org>`
+# not.
 MAILBOX = re.compile(
-    rf'(?<![^>,;)])((?:{QUOTED}|[^"<>,])*|(?:{QUOTED}|[^"<>@])*)<\s*({ADDR_SPEC})\s*>(?:\s*\([^()]*\))?'
+    rf'(?<![^>,;)])((?:{QUOTED}|[^"<>,])*|(?:{QUOTED}|[^"<>@])*)'
+    rf'<\s*({ADDR_SPEC})\s*>(?:\s*\([^()]*\))?'
     rf'|({ADDR_SPEC})(?:\s*\(([^()]*)\))?', re.I)
-MESSAGE_IDS = re.compile(r"""<([^<>]+)>|(?<![^\s<>,;"'()])([^\s<>,;"'()@]+@[^\s<>,;"'()]+)""")
-WORD = r"=\?[^?\s]+\?[bq]\?(?:[^=?]|=(?!\?[^=])|\?(?!=))*\?="     # ends before the next `=?`
+MESSAGE_IDS = re.compile(
+    r"""<([^<>]+)>|(?<![^\s<>,;"'()])([^\s<>,;"'()@]+@[^\s<>,;"'()]+)""")
+WORD = r"=\?[^?\s]+\?[bq]\?(?:[^=?]|=(?!\?[^=])|\?(?!=))*\?="    # ends before the next `=?`
 WORDS = re.compile(rf"{WORD}(?:\s*{WORD}){{0,99}}", re.I)       # decode_header is quadratic
-CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]+ ?")  # RFC 5322 2.2.3: a fold is a space
+CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]+ ?")  # RFC 5322 2.2.3: a fold is one
 PLAIN = re.compile(r"(?:[ -<>-~]|=(?!\?))*")                    # a value with nothing to do
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 UNQUOTE = re.compile(r'\\(.)|"')
@@ -1221,8 +1263,8 @@ BASE64 = str.maketrans("-_", "+/", " \t\r\n")   # RFC 4648 5; RFC 2045 6.8: no l
 def normalise(mail: Mail, is_strict: bool) -> Message:
     """The Message that a canonical dict describes.
 
-    `is_strict` is for the canonical body itself: Refused 422 lists every field that is missing
-    or of the wrong type. Elsewhere such a field costs nothing but a note.
+    `is_strict` is for the canonical body itself: Refused 422 lists every field that is
+    missing or of the wrong type. Elsewhere such a field costs nothing but a note.
     """
     faults: Faults = {}
     notes: list[str] = []
@@ -1254,14 +1296,17 @@ def normalise(mail: Mail, is_strict: bool) -> Message:
         in_reply_to=ids_of(fields["in_reply_to"] or header_values(headers, "in-reply-to")),
         references=ids_of(fields["references"] or header_values(headers, "references")),
         from_address=address, from_count=from_count,
-        from_name=one_line(fields["from_name"]) or name, envelope_from=envelope_from,
-        to=addresses_of(fields["to"]), cc=addresses_of(fields["cc"]), subject=subject,
-        text=text, html=markup or None, headers=headers, notes=notes,
-        attachments=attachments, verdict=str(mail.get("verdict") or "")[:500])
+        from_name=one_line(fields["from_name"]) or name,
+        envelope_from=envelope_from,
+        to=addresses_of(fields["to"]),
+        cc=addresses_of(fields["cc"]),
+        subject=subject, text=text, html=markup or None,
+        headers=headers, notes=notes, attachments=attachments,
+        verdict=str(mail.get("verdict") or "")[:500])
 
 
 def typed(mail: Mail, faults: Faults) -> Mail:
-    """The canonical fields of a mail, each of its type: empty where it is null or of another."""
+    """The canonical fields of a mail, each of its type: empty if null or of another."""
     fields: Mail = {}
     for name, (expected, *types) in CANONICAL.items():
         value = mail.get(name)
@@ -1275,14 +1320,15 @@ def typed(mail: Mail, faults: Faults) -> Mail:
 
 
 def headers_of(mail: Mail, fields: Mail, is_strict: bool, faults: Faults) -> Headers:
-    """The headers as posted, with what stands beside them; they stand in for empty `fields`.
+    """The headers, with what is posted beside them; they stand in for empty `fields`.
 
     From, Subject and Message-ID have to be fields of the canonical body (`is_strict`).
     """
     headers = raw_headers_of(fields["headers"], faults)
     first = {name.lower(): value for name, value in reversed(headers)}
-    headers += raw_headers_of({name: value for name, value in mail.items() if value and
-                               name[:1].isupper() and name.lower() not in first}, faults)
+    headers += raw_headers_of({
+        name: value for name, value in mail.items()
+        if value and name[:1].isupper() and name.lower() not in first}, faults)
     for name in ("to", "cc") if is_strict else FROM_HEADERS:
         fields[name] = fields[name] or first.get(name, "")
     if not is_strict:
@@ -1296,21 +1342,22 @@ def headers_of(mail: Mail, fields: Mail, is_strict: bool, faults: Faults) -> Hea
 def raw_headers_of(value: Any, faults: Faults) -> Headers:
     """[[name, value], …] as posted, order and repeats kept, at most MAX_HEADER_LINES.
 
-    From an object (values string, list or null), a list of pairs, of {Name, Value}, of {line},
-    of one-key objects or of lines; as text, a JSON list of these or a header block.
+    From an object (values string, list or null), a list of pairs, of {Name, Value}, of
+    {line}, of one-key objects or of lines; as text, a JSON list of these or a header block.
     """
     if isinstance(value, str):
         block = memoryview(value.encode("utf-8", "ignore"))
         value = json_in(value) or MimeReader().head_of(block)[0]
     if isinstance(value, dict):
-        # CloudMailin writes message_id; beside a name with a hyphen `_` is the sender's own.
+        # CloudMailin writes message_id; beside a hyphen `_` is the sender's own.
         dash = "_" if "-" in "".join(value) else "-"
         value = [[name.replace("_", dash), value[name]] for name in value]
     headers = []
     for item in items_of(value):
         name, content = header_pair(item)
         if not name:
-            faults["a header"] = f"expected a name and a value, not {printable(str(item))[:99]}"
+            shown = printable(str(item))[:99]
+            faults["a header"] = f"expected a name and a value, not {shown}"
             continue
         for text in items_of(content) or [content]:
             if text is not None:
@@ -1356,7 +1403,7 @@ def envelope_sender(envelope: Row, faults: Faults) -> str | None:
 
 def author_of(written: Any, envelope_from: str | None, faults: Faults,
               notes: list[str]) -> tuple[int, str, str]:
-    """(mailboxes that From names, name, address); where it names none, another stands for it."""
+    """(mailboxes that From names, name, address); of another, where it names none."""
     mailboxes = mailboxes_of(written)
     if mailboxes:
         return len(mailboxes), *mailboxes[0]
@@ -1376,15 +1423,17 @@ def mailboxes_of(value: Any) -> list[tuple[str, str]]:
     email.utils: `alice@example.org)bob@example.net` is Alice to some versions
     (CVE-2023-27043). Here each @ that is not a name's has to be part of an address.
     """
+    mailboxes: list[tuple[str, str]] = []
     if isinstance(value, str):
         text = value[:MAX_ADDRESS_HEADER].replace("&lt;", "<").replace("&gt;", ">")
         text = CONTROLS.sub(" ", clean(text))
         if "@" in MAILBOX.sub("", text):
             return []
-        return [(one_line(UNQUOTE.sub(r"\1", name).strip(" ,;") or comment), address or bare)
-                for name, address, bare, comment in MAILBOX.findall(text)]
-    mailboxes = []
-    for item in items_of(at(value, ("value", "addresses")) or value):
+        for name, address, bare, comment in MAILBOX.findall(text):
+            name = UNQUOTE.sub(r"\1", name).strip(" ,;") or comment
+            mailboxes.append((one_line(name), address or bare))
+        return mailboxes
+    for item in items_of(at(value, ("value", "addresses")) or value)[:MAX_FIELDS]:
         if isinstance(item, list):      # Mandrill: [address, name]
             item = next(iter(item), "")
         known = spelled(item)
@@ -1401,8 +1450,8 @@ def addresses_of(value: Any) -> list[str]:
 
 
 def message_id_of(written: str, digest: str, headers: Headers, faults: Faults) -> str:
-    """The Message-ID with its brackets, of any length; one made of the content where it lacks."""
-    for found in ids_of(written) or ids_of("<%s>" % written.strip(' <>"')):
+    """The Message-ID, of any length, with brackets; made of the content where it lacks."""
+    for found in ids_of(written) or ids_of("<" + written.strip(' <>"') + ">"):
         return found
     faults.setdefault("message_id", "required")
     # The Date, where there is one, tells two mails of the same words apart.
@@ -1418,8 +1467,9 @@ def ids_of(value: Any) -> list[str]:
     """
     text = " ".join(text for text in items_of(value) if isinstance(text, str))
     text = clean(text).replace("&lt;", "<").replace("&gt;", ">")
-    ids = dict.fromkeys("".join(bracketed.split()) or bare
-                        for bracketed, bare in MESSAGE_IDS.findall(text))
+    ids = dict.fromkeys(
+        "".join(bracketed.split()) or bare
+        for bracketed, bare in MESSAGE_IDS.findall(text))
     known = [f"<{each}>" for each in ids if each]
     return known[:FIRST_REFERENCES] + known[FIRST_REFERENCES:][-LAST_REFERENCES:]
 
@@ -1427,8 +1477,11 @@ def ids_of(value: Any) -> list[str]:
 def attachment_of(posted: Any) -> Attachment:
     """The attachment of an object, whatever its provider calls its fields."""
     item = spelled(posted)
-    name, kind, content_id = (one_line(str(at(item, names) or "")) for names in (
-        ("filename", "name"), ("contenttype", "mimetype", "type"), ("contentid", "cid")))
+    name, kind, content_id = (
+        one_line(str(at(item, names) or "")) for names in (
+            ("filename", "name"),
+            ("contenttype", "mimetype", "type"),
+            ("contentid", "cid")))
     content = None
     with contextlib.suppress(ValueError, TypeError, KeyError):
         content = content_in(item)
@@ -1457,7 +1510,7 @@ def content_in(item: Row) -> bytes | None:
 
 def digest_of(from_address: str, subject: str, text: str, markup: str,
               attachments: list[Attachment]) -> str:
-    """SHA-256 of what the sender wrote; nothing in it changes when the mail is posted again.
+    """SHA-256 of what the sender wrote, and of nothing that changes with the next try.
 
     The same in every version, or a repeat of an older mail would be a second message.
     """
@@ -1468,7 +1521,7 @@ def digest_of(from_address: str, subject: str, text: str, markup: str,
 
 def clean(text: str) -> str:
     """Drop what SQLite, SMTP and JSON each stumble over: NUL and lone surrogates."""
-    return UNSTORABLE.sub("", text)
+    return text.replace("\0", "") if text.isascii() else UNSTORABLE.sub("", text)
 
 
 def one_line(text: str) -> str:
@@ -1482,13 +1535,15 @@ def one_line(text: str) -> str:
 def decoded_words(run: re.Match[str]) -> str:
     """Decode a run of RFC 2047 encoded-words; what is broken stays as it is."""
     with contextlib.suppress(ValueError, email.errors.MessageError):
-        return "".join(word if isinstance(word, str) else decode(word, charset)
-                       for word, charset in email.header.decode_header(run[0]))
+        return "".join(
+            word if isinstance(word, str) else decode(word, charset)
+            for word, charset in email.header.decode_header(run[0]))
     return run[0]
 
 
-# What mail calls a charset, by the codec that it means: the WHATWG encoding standard's labels.
-# The last four decode in quadratic time or run escapes, and nobody writes mail in them.
+# What mail calls a charset, by the codec that it means: the WHATWG encoding standard's
+# labels. The last four decode in quadratic time or run escapes, and nobody writes mail in
+# them.
 CODECS = {label: codec for codec, labels in (
     ("cp1252", "iso-8859-1 iso8859-1 latin1 latin-1"), ("cp1254", "iso-8859-9"),
     ("cp874", "iso-8859-11 tis-620"),
@@ -1534,8 +1589,9 @@ def html_to_text(markup: str) -> str:
     """
     for pattern, shown in MARKUP:
         markup = re.sub(pattern, shown, markup, flags=re.I | re.S)[:MAX_HTML]
-    lines = [" ".join(line.split()) for line in html.unescape(markup).split("\n")]
-    text = re.sub("\n{3,}", "\n\n", "\n".join(lines)).strip()
+    lines = html.unescape(markup).split("\n")
+    text = "\n".join(" ".join(line.split()) for line in lines)
+    text = re.sub("\n{3,}", "\n\n", text).strip()
     return text.translate(str.maketrans("\0\1", " \t"))
 
 
@@ -1550,8 +1606,8 @@ def with_link(found: re.Match[str]) -> str:
     return text if link in text or link[0] == "#" else f"{text} ({link})"
 
 
-# What is shown of markup, in this order. What is not closed goes to the end, and a tag that has
-# no end is text before its attributes are looked for: nothing is ever looked at twice.
+# What is shown of markup, in this order. What is not closed goes to the end, and a tag that
+# has no end is text before its attributes are looked for: nothing is ever looked at twice.
 VERBATIM = str.maketrans({" ": "\0", "\t": "\1", "\n": "<br>"})     # for blanks that count
 MARKUP: tuple[tuple[str, Any], ...] = (
     (r"<!--(?:>|.*?-->|.*)|<(script|style|title)\b(?:.*?</\1\s*>|.*)", ""),
@@ -1559,8 +1615,9 @@ MARKUP: tuple[tuple[str, Any], ...] = (
     (r"\s+", " "),
     (r"""<img\b(?=[^<>]*>)[^<>]*?\salt\s*=\s*(["']?)([^<>]*?)\1(?:\s[^<>]*)?/?>""", r"\2"),
     (r"</?t[dh]\b[^<>]*>", " "),
-    (r"</?(?:address|article|aside|blockquote|br|caption|dd|div|dl|dt|figcaption|figure|footer|"
-     r"form|h[1-6]|header|hr|li|main|nav|ol|p|pre|section|table|tr|ul)\b[^<>]*>", "\n"),
+    (r"</?(?:address|article|aside|blockquote|br|caption|dd|div|dl|dt|figcaption|figure|"
+     r"footer|form|h[1-6]|header|hr|li|main|nav|ol|p|pre|section|table|tr|ul)\b[^<>]*>",
+     "\n"),
     (r"<(?!/?a\b)[/!?a-z][^<>]*>", ""),
     (r"""<a\b(?=[^<>]*>)[^<>]*?\shref\s*=\s*(["']?)(?:mailto:)?([^<>]*?)\1(?:\s[^<>]*)?>"""
      r"(.*?)(?=</?a\b|\Z)", with_link),
