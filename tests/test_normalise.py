@@ -338,6 +338,7 @@ def test_what_html_sets_apart_stays_apart(markup, expected):
     assert [line for line in lines if line.strip()] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece", ["<!--", "<", "<a href=", "<![", "<![<![", "</", "<script>", "&",
                                    "<!-- -->", "<a href='", "\n", "<a href=b></a>", "<br", "<pre>",
                                    "<pre", "<td>", "<img alt=a>", "<img alt='", "</pre>"])
@@ -503,6 +504,7 @@ SAME_BY_BOTH = ("message_id", "in_reply_to", "references", "from", "from_name", 
                 "to", "cc", "subject")
 
 
+@pytest.mark.slow
 def test_what_another_reader_makes_of_the_mails_is_what_we_make_of_them(bare):
     """`doors.canonical_of` reads MIME by itself: where the two differ, one of them is wrong."""
     differences = {}
@@ -678,6 +680,7 @@ def test_a_raw_mail_with_either_line_end_is_the_same_mail(desk):
         "created", "duplicate", "duplicate"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["(" * 10_000 + ")" * 10_000, "(" * 500_000, "()" * 250_000,
                                    "=?utf-8?q?a?= " * 5_000, " " * 500_000, ";" * 500_000])
 def test_a_hostile_header_costs_less_than_two_seconds(desk, value):

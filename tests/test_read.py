@@ -510,6 +510,7 @@ WHOLE_MAIL = {"forwardemail/message.json": "raw", "mailersend/message.json": "da
               "sparkpost/one.json": "0.msys.relay_message.content.email_rfc822"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path, without", [*((path, "") for path in NEEDED), *WHOLE_MAIL.items()])
 def test_no_part_that_we_do_not_need_costs_the_mail(desk, path, without):
     body = opened(path)
@@ -568,6 +569,7 @@ def form_of(shape, fields):
     return urlencode(fields).encode() if shape.content_type == FORM else multipart(*fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_no_field_of_a_form_that_we_do_not_need_costs_the_mail(desk, name):
     shape = SHAPES[name]

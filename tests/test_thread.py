@@ -510,6 +510,7 @@ def test_of_a_thousand_references_the_ends_are_looked_at(desk, at, is_found):
     (appended if is_found else opens_another)(desk, reference, references=ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("junk", ["x" * 30_000, "x@" * 250_000, "<" * 500_000, "<x" * 250_000,
                                   "x " * 250_000, "(" * 500_000, '"' * 500_000])
 @pytest.mark.parametrize("field", ["in_reply_to", "references", "message_id"])
