@@ -98,7 +98,7 @@ MAX_PARTS = 1000            # of a mail, or attachments of a post
 MAX_HEADER_LINES = 1000     # of a mail and its parts together
 MAX_HEADER_BYTES = 2**18    # likewise; Postfix stops at 100 KB
 MAX_FIELDS = 1000           # of a form; the rest is not looked at
-MAX_VALUES = 200_000        # strings, lists and objects of a JSON text: 15 MB of memory
+MAX_VALUES = 100_000        # strings, lists and objects of a JSON text: 8 MB of memory
 MAX_HTML = 2**18            # characters that the text is made of; the HTML is stored whole
 
 MAX_ADDRESS_HEADER = 998    # characters; the rest is not looked at. RFC 5322 2.1.1: a line
@@ -2112,7 +2112,7 @@ class Store:
                 self.close()
             if "locked" in str(error):
                 self._locked_until = time.monotonic() + 1
-            elif "full" not in str(error):
+            if "full" not in str(error):    # room is made by an admin, not by a new process
                 self.failing_since = self.failing_since or time.monotonic()
             while self._jobs:       # who waits behind us shares the fate
                 results[self._jobs.popleft()[2]] = None
