@@ -210,7 +210,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Filing:
-    """A member of a post, ready to be stored; or the `fault` why it was not understood."""
+    """A member of a post, ready to be stored."""
 
     message: Message
     kind: str
@@ -287,7 +287,7 @@ def respond(store: Store, environ: Row) -> Answer:
     # As it was sent: `//api` and `/api%2F` are one path to servers, not to proxies' rules.
     sent = environ.get("REQUEST_URI") or environ.get("RAW_URI") or path
     is_plain = sent.partition("?")[0] == environ.get("SCRIPT_NAME", "") + path
-    if path not in (ENDPOINT, ENDPOINT + "/") or not is_plain:
+    if path.removesuffix("/") != ENDPOINT or not is_plain:
         raise Refused(404, f"there is nothing here; mail is posted to {ENDPOINT}")
     if method in ("GET", "HEAD"):   # some providers probe the URL before they use it
         return 200, {"status": "probed"}, "inbound: post received mail here\n"
@@ -324,18 +324,16 @@ def receive(store: Store, post: Post) -> tuple[str, Row]:
         with one_heavy_at_a_time(post.body):
             reading = read(post, store.own_providers)
             filings = [understand(reading, member, post) for member in reading.members]
-        has_faults = any(isinstance(filing, str) for filing in filings)
-        answers = store.write(file_post, post, filings, safe(post) if has_faults else post)
     except Refused as refusal:      # the value that it names may be the secret
         reason = starred(post.account, refusal.reason)
-        if refusal.status in (400, 415, 422):
+        if refusal.status != 503:
             store.write(keep, safe(post), refusal.status, reason)
         raise Refused(refusal.status, reason, {
             name: starred(post.account, fault)
             for name, fault in refusal.fields.items()}) from None
     except Exception as error:
-        fault = fault_of(error, post, reading.provider)
-        answers = store.write(file_post, post, [fault], safe(post))
+        filings = [fault_of(error, post, reading.provider)]
+    answers = store.write(file_post, post, filings)
     if not answers:
         if reading.is_kept:
             store.write(keep, safe(post), 200, reading.notice)
@@ -383,14 +381,19 @@ def fault_of(error: Exception, post: Post, where: str) -> str:
 
 def health(store: Store) -> Answer:
     """GET /healthz: 503 with reasons when mail is not taken or sent; else warnings."""
+    now = store.now()
     try:
         store.write(rehearse)
-        reasons, warnings = troubles(store)
+        disk = shutil.disk_usage(store.path)
+        rows = store.rows(TROUBLES, {
+            "now": now, "free": 100 * disk.free / disk.total,
+            "refused": sum(at > now - REFUSALS_SHOWN for at, _ in [*store.refusals])})
     except Refused as refusal:
-        reasons, warnings = [refusal.reason], []
-    if reasons:
-        return 503, {"status": "degraded", "reasons": reasons}, None
-    return 200, {"status": "ok", "warnings": warnings}, None
+        rows = [{"is_urgent": 1, "words": refusal.reason}]
+    urgent = [row["words"] for row in rows if row["is_urgent"]]
+    if urgent:
+        return 503, {"status": "degraded", "reasons": urgent}, None
+    return 200, {"status": "ok", "warnings": [row["words"] for row in rows]}, None
 
 
 TROUBLES = """
@@ -411,17 +414,6 @@ TROUBLES = """
     FROM (SELECT 1 FROM outbox WHERE state = 'failed' LIMIT 1000) HAVING count(*)
     UNION ALL SELECT 0, :refused || ' posts had a wrong secret in the last hour'
     WHERE :refused"""
-
-
-def troubles(store: Store) -> tuple[list[str], list[str]]:
-    """What /healthz and `doctor` say of the service: (what is urgent, what can wait)."""
-    now = store.now()
-    disk = shutil.disk_usage(Path(store.path).resolve().parent)
-    rows = store.rows(TROUBLES, {
-        "now": now, "free": 100 * disk.free / disk.total,
-        "refused": sum(at > now - REFUSALS_SHOWN for at, _ in [*store.refusals])})
-    urgent = [row["words"] for row in rows if row["is_urgent"]]
-    return urgent, [row["words"] for row in rows if not row["is_urgent"]]
 
 
 # -----------------------------------------------------------------------------------------
@@ -2143,23 +2135,21 @@ def migrate(db: DB, path: str) -> bool:
 
 def version_of(db: DB, path: str) -> int:
     """The version of a file, 0 when it is empty; Refused when no step leads on from it."""
-    found = db.execute(WHOSE_FILE, [APPLICATION_ID]).fetchone()
+    found = db.execute(WHOSE_FILE, [APPLICATION_ID, SCHEMA_VERSION]).fetchone()
+    if found["fault"]:
+        raise Refused(503, f"{path!r} {found['fault']}")
     version: int = found["version"]
-    if not found["is_ours"]:
-        raise Refused(503, f"{path!r} is the database of another program")
-    if version > SCHEMA_VERSION:
-        raise Refused(
-            503, f"{path!r} has the newer schema version {version}: update inbound")
-    if version < 0:
-        raise Refused(503, f"{path!r} comes from no released version of inbound")
     return version
 
 
 # Of what calls itself version 1 only the released one has this view.
 WHOSE_FILE = """
-    SELECT NOT size OR application_id = ? AS is_ours,
-        CASE WHEN NOT size THEN 0 WHEN user_version > 1 OR view THEN user_version
-            ELSE -1 END AS version
+    SELECT iif(size, user_version, 0) AS version, CASE WHEN NOT size THEN ''
+        WHEN application_id <> ? THEN 'is the database of another program'
+        WHEN user_version > ?
+            THEN 'has the newer schema version ' || user_version || ': update inbound'
+        WHEN user_version < 1 OR user_version = 1 AND NOT view
+            THEN 'comes from no released version of inbound' ELSE '' END AS fault
     FROM pragma_application_id, pragma_user_version,
         (SELECT count(*) AS size, sum(name = 'valid_secret') AS view FROM sqlite_schema)"""
 
@@ -2186,90 +2176,64 @@ def from_version_1(db: DB) -> None:
     what stands in the file is what schema.sql says. An admin's own signs mean nothing any
     more; they are kept to be read.
     """
+    providers = db.execute(PROVIDERS_OF_VERSION_1).fetchall()
     parts = db.execute("""SELECT name, type FROM sqlite_schema
         WHERE type <> 'table' AND sql IS NOT NULL""").fetchall()
     for part in parts:      # a view's triggers go with it
         db.execute('DROP {type} IF EXISTS "{name}"'.format(**part))
     run_script(db, OUT_OF_VERSION_1)
+    for table in CARRIED:
+        db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
     run_script(db, SCHEMA)
-    run_script(db, INTO_VERSION_2)
-    for row in db.execute("SELECT * FROM old_provider").fetchall():
+    # What a new file begins with goes; its `Automatic` is replaced.
+    db.execute("DELETE FROM email_account")
+    db.execute("DELETE FROM queue WHERE name <> 'Automatic'")
+    for table in CARRIED:
+        old = db.execute(f"PRAGMA table_info(old_{table})").fetchall()
+        columns = ", ".join(f'"{column["name"]}"' for column in old)
+        db.execute(f"""INSERT OR REPLACE INTO {table} ({columns})
+            SELECT {columns} FROM old_{table}""")
+        db.execute(f"DROP TABLE old_{table}")
+    for row in providers:
         pairs = [word.partition("=") for word in row["fields"].split()]
         fields = {name: path or name for name, _, path in pairs}
         insert(db, "provider", name=row["name"], fields=json.dumps(fields))
-    db.execute("DROP TABLE old_provider")
     if not db.execute("SELECT 1 FROM sign_of_version_1").fetchone():
         db.execute("DROP TABLE sign_of_version_1")
 
 
+CARRIED = ("queue", "email_account", "ticket", "message", "attachment", "outbox", "rejected")
+# Of providers the first 21 were the program's own, of signs 42. Two may bear one name.
+PROVIDERS_OF_VERSION_1 = """
+    SELECT name || iif(count(*) OVER (PARTITION BY name) > 1, ' ' || id, '') AS name, fields
+    FROM provider WHERE id > 21 AND fields IS NOT NULL"""
 OUT_OF_VERSION_1 = """
     PRAGMA legacy_alter_table = ON;     -- references keep their tables' names
-    ALTER TABLE queue RENAME TO old_queue;
-    ALTER TABLE email_account RENAME TO old_email_account;
-    ALTER TABLE ticket RENAME TO old_ticket;
-    ALTER TABLE message RENAME TO old_message;
-    ALTER TABLE attachment RENAME TO old_attachment;
-    ALTER TABLE outbox RENAME TO old_outbox;
-    ALTER TABLE rejected RENAME TO old_rejected;
-    -- Of providers the first 21 were the program's own, of signs 42. Two may bear one name.
-    CREATE TABLE old_provider AS
-        SELECT name || iif(count(*) OVER (PARTITION BY name) > 1, ' ' || id, '') AS name,
-            fields FROM provider WHERE id > 21 AND fields IS NOT NULL;
     CREATE TABLE sign_of_version_1 AS SELECT * FROM sign WHERE id > 42;
     DROP TABLE provider;
     DROP TABLE sign;
     DROP TABLE command;
-    """
-INTO_VERSION_2 = """
-    DELETE FROM email_account;
-    DELETE FROM queue WHERE name <> 'Automatic';
-    INSERT OR REPLACE INTO queue
-    SELECT id, iif(trim(name) = '', 'Queue ' || id, name), is_default FROM old_queue;
-    INSERT INTO email_account (id, address, display_name, queue, is_default, inbound_secret,
-        previous_secret, previous_secret_until, validation_key, smtp_host, smtp_port,
-        smtp_security, smtp_username, smtp_password, confirmation_envelope_from, template,
-        confirmations_per_address_hour, confirmations_per_address_day,
-        confirmations_per_hour, trusted_forwarders)
-    SELECT id, address, display_name, queue, is_default, inbound_secret,
-        previous_secret, previous_secret_until, validation_key, smtp_host, smtp_port,
-        smtp_security, smtp_username, smtp_password, confirmation_envelope_from,
-        template || iif(instr(template, '{reference}'), '', '{reference}' || char(10)),
-        confirmations_per_address_hour, confirmations_per_address_day,
-        confirmations_per_hour,
-        iif(trusted_forwarders LIKE '_%@_%', trusted_forwarders, NULL)
-    FROM old_email_account;
-    INSERT INTO ticket SELECT * FROM old_ticket;
-    INSERT INTO message SELECT * FROM old_message;
-    INSERT INTO attachment SELECT * FROM old_attachment;
-    INSERT INTO outbox (id, message, email_account, purpose, recipient, mailbox, content,
-        state, attempts, created_at, next_attempt_at, give_up_at, last_error)
-    SELECT id, message, email_account, purpose, recipient, mailbox, content,
-        state, attempts, created_at, next_attempt_at, give_up_at, last_error
-    FROM old_outbox;
-    INSERT INTO rejected SELECT * FROM old_rejected;
-    DROP TABLE old_queue;
-    DROP TABLE old_email_account;
-    DROP TABLE old_ticket;
-    DROP TABLE old_message;
-    DROP TABLE old_attachment;
-    DROP TABLE old_outbox;
-    DROP TABLE old_rejected;
+    -- What version 2 takes no more.
+    UPDATE queue SET name = 'Queue ' || id WHERE trim(name) = '';
+    UPDATE email_account SET template = template || '{reference}' || char(10)
+    WHERE NOT instr(template, '{reference}');
+    UPDATE email_account SET trusted_forwarders = NULL
+    WHERE trusted_forwarders NOT LIKE '_%@_%';
     """
 MIGRATIONS = {0: new_file, 1: from_version_1}   # version → what makes a later one of it
 
 
 def new_secret() -> str:
     """A random secret. None begins with a hyphen: command lines take that for an option."""
-    return secrets.choice("abcdefghijklmnopqrstuvwxyz") + secrets.token_urlsafe(24)
+    return "s" + secrets.token_urlsafe(24)
 
 
 # -----------------------------------------------------------------------------------------
 # File: what happens to one message inside the transaction, and what is kept of a post that
 # became none.
 
-def file_post(db: DB, now: int, post: Post, filings: list[Filing | str],
-              kept: Post) -> list[Row]:
-    """Store each member of a post; if one was not understood the post is `kept`, once."""
+def file_post(db: DB, now: int, post: Post, filings: list[Filing | str]) -> list[Row]:
+    """Store each member of a post; one that was not understood has it kept, once."""
     answers: list[Row] = []
     faults: list[str] = []
     for filing in filings:
@@ -2281,13 +2245,13 @@ def file_post(db: DB, now: int, post: Post, filings: list[Filing | str],
         except Exception as error:
             if type(error) in TROUBLE:
                 raise
-            fault, kept = fault_of(error, post, "filing"), safe(post)
+            fault = fault_of(error, post, "filing")
         faults.append(fault)
         answers.append({
             "status": "quarantined", "ticket": None, "message": None, "kind": None,
             "confirmation": None, "reason": f"kept: {fault}"})
     if faults:
-        keep(db, now, kept, 200, "; ".join(dict.fromkeys(faults))[:2000])
+        keep(db, now, safe(post), 200, "; ".join(dict.fromkeys(faults))[:2000])
     return answers
 
 
