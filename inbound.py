@@ -1601,66 +1601,49 @@ def keyword(value: str) -> str:
     return value.partition(";")[0].strip(' \t:"\'').lower()
 
 
-def matching(names: str, pattern: str, by: Callable[..., str] = keyword) -> Test:
+def has(names: str, pattern: str, by: Callable[..., str] = keyword) -> Test:
     """Whether of these headers (lower case) a value, read by `by`, matches as a whole."""
-    compiled = re.compile(pattern, re.I)
+    matches = re.compile(pattern, re.I).fullmatch
     keys = names.split()
 
     def holds(mail: Evidence) -> bool:
-        for key in keys:
-            for value in mail.headers.get(key, ()):
-                if compiled.fullmatch(by(value)):
-                    return True
-        return False
+        return any(matches(by(value)) for key in keys for value in mail.headers.get(key, ()))
 
     return holds
 
 
-def header(kind: str, names: str, pattern: str, reason: str,
-           by: Callable[..., str] = keyword) -> Sign:
-    return kind, matching(names, pattern, by), reason
-
-
-def any_of(*phrases: str) -> str:
-    return "(?:" + "|".join(phrases) + ")"
-
-
 DAEMON = "mailer-daemon|mail-daemon|mdaemon"
 POSTMASTER = "post[-_.]?master"
-LIST_SENDER = any_of(
-    "owner-.+", ".+[-+]owner(?:[-+].*)?", ".+-request", ".+-bounces?",
-    "bounces?(?:[+=-].*)?", ".*noreply.*", "(?:.*[-_.+])?no[-_.]repl(?:y|ies).*")
+LIST_SENDER = (
+    "owner-.+|.+[-+]owner(?:[-+].*)?|.+-request|.+-bounces?|bounces?(?:[+=-].*)?|"
+    ".*noreply.*|(?:.*[-_.+])?no[-_.]repl(?:y|ies).*")
 is_daemon = re.compile(DAEMON).fullmatch
 is_postmaster = re.compile(POSTMASTER).fullmatch
 is_list_sender = re.compile(LIST_SENDER).fullmatch
-is_never_answered = re.compile(any_of(
-    LIST_SENDER, DAEMON, POSTMASTER, ".*do[-_.]?not[-_.]?reply.*",
-    "mailerdaemon", "no[-_.]?respond.*", "auto[-_.]?(?:reply|responder)", "nobody", "abuse",
-    "root", "listserv", "majordomo", "mailman", "feedbackloop",
-    "(?:prvs|srs[01])=.*")).fullmatch       # rewritten envelopes, no one's mailbox
+is_never_answered = re.compile(
+    f"{LIST_SENDER}|{DAEMON}|{POSTMASTER}|.*do[-_.]?not[-_.]?reply.*|mailerdaemon|"
+    "no[-_.]?respond.*|auto[-_.]?(?:reply|responder)|nobody|abuse|root|listserv|majordomo|"
+    "mailman|feedbackloop|(?:prvs|srs[01])=.*").fullmatch   # rewritten envelopes
 REPLY = r"(?!\s*(?:re|aw|sv|antw(?:ort)?|res|fwd?|wg|tr|rv|enc|i)\s*:)"    # what it is not
-is_vacation = re.compile(REPLY + any_of(
-    r"(?:\[[^\]]*\]\s*)*" + any_of(
-        "automatic reply", "auto(?:matic)?[- ]?(?:reply|response)",
-        "out of (?:the )?office(?: autoreply| reply)?",
-        "abwesenheitsnotiz", "automatische antwort",
-        "réponse automatique", "absence du bureau",
-        "respuesta automática", "resposta automática",
-        "fuori sede", "risposta automatica",
-        "automatiskt? svar", "frånvaro", "automatisch antwoord", "automaattinen vastaus",
-        "automatická odpověď", "automatikus válasz", "automatyczna odpowiedź",
-        "автоматический ответ", "自動応答", "自动回复", "自動回覆",
-    ) + r"\s*(?:[:：].*|$)",
-    r"(?:\[[^\]]*\]\s*)*auto\s*[:：].*",
-    r".* is out of the office(?:\.| until .*| ?\(returning.*)?"), re.I).fullmatch
-may_be_vacation = re.compile(REPLY + ".*" + any_of(
-    "fuera de (?:la )?oficina", "fora do escritório", r"\bausência\b", r"\bausencia\b",
-    r"\bis out of (?:the )?office(?=\W*$| until\b)", r"\best absente?\b",
-    "message d['’]absence", r"\babwesend\b") + ".*", re.I).fullmatch
-is_bounce = re.compile(REPLY + ".*" + any_of(
-    "undeliver", "returned mail", "failure notice", "unzustellbar", "non remis",
-    "delivery (?:status notification|failure|has failed|incomplete)",
-    "mail delivery (?:failed|failure|system)") + ".*", re.I).fullmatch
+is_vacation = re.compile(
+    REPLY + r"(?:(?:\[[^\]]*\]\s*)*(?:"
+    "automatic reply|auto(?:matic)?[- ]?(?:reply|response)|"
+    "out of (?:the )?office(?: autoreply| reply)?|"
+    "abwesenheitsnotiz|automatische antwort|réponse automatique|absence du bureau|"
+    "respuesta automática|resposta automática|fuori sede|risposta automatica|"
+    "automatiskt? svar|frånvaro|automatisch antwoord|automaattinen vastaus|"
+    "automatická odpověď|automatikus válasz|automatyczna odpowiedź|"
+    "автоматический ответ|自動応答|自动回复|自動回覆"
+    r")\s*(?:[:：].*|$)|(?:\[[^\]]*\]\s*)*auto\s*[:：].*|"
+    r".* is out of the office(?:\.| until .*| ?\(returning.*)?)", re.I).fullmatch
+may_be_vacation = re.compile(
+    REPLY + ".*(?:fuera de (?:la )?oficina|fora do escritório|"
+    r"\bausência\b|\bausencia\b|\bis out of (?:the )?office(?=\W*$| until\b)|"
+    r"\best absente?\b|message d['’]absence|\babwesend\b).*", re.I).fullmatch
+is_bounce = re.compile(
+    REPLY + ".*(?:undeliver|returned mail|failure notice|unzustellbar|non remis|"
+    "delivery (?:status notification|failure|has failed|incomplete)|"
+    "mail delivery (?:failed|failure|system)).*", re.I).fullmatch
 is_spam = re.compile(
     r"\s*(?:(?:fail|spam|yes|true)\b.*|(?:[5-9]|\d\d+)(?:\.\d+)?\s*)", re.I).fullmatch
 
@@ -1669,13 +1652,12 @@ LIST_HEADERS = (
     "x-beenthere x-mailman-version")
 BULK_HEADERS = (
     "list-unsubscribe list-unsubscribe-post feedback-id x-campaignid x-csa-complaints")
-is_automatic = matching("auto-submitted", "(?!no$).+")
-is_refusal = matching("auto-submitted", ".*rejected.*", str)
-is_report = matching("content-type", "multipart/report.*", str)
-is_receipt = matching("content-type", "multipart/report.*disposition-notification.*", str)
-is_of_rules_agent = matching(
-    "x-ms-exchange-generated-message-source", "mailbox rules agent")
-wants_no_answer = matching(
+is_automatic = has("auto-submitted", "(?!no$).+")
+is_refusal = has("auto-submitted", ".*rejected.*", str)
+is_report = has("content-type", "multipart/report.*", str)
+is_receipt = has("content-type", "multipart/report.*disposition-notification.*", str)
+is_of_rules_agent = has("x-ms-exchange-generated-message-source", "mailbox rules agent")
+wants_no_answer = has(
     "x-auto-response-suppress", r"(?:.*[,;\s])?(?:all|autoreply)(?:[,;\s].*)?", str)
 
 
@@ -1693,35 +1675,34 @@ def is_exchange_vacation(mail: Evidence) -> object:
 
 
 SIGNS: tuple[Sign, ...] = (
-    header("bounce", "content-type", "multipart/report.*delivery-status.*",
-           "a delivery status report (RFC 3464 2)", str),
-    header("bounce", "content-type", "multipart/report.*feedback-report.*",
-           "an abuse report (RFC 5965)", str),
+    ("bounce", has("content-type", "multipart/report.*delivery-status.*", str),
+     "a delivery status report (RFC 3464 2)"),
+    ("bounce", has("content-type", "multipart/report.*feedback-report.*", str),
+     "an abuse report (RFC 5965)"),
     ("bounce", lambda mail: is_receipt(mail) and is_refusal(mail),
      "a refusal in the form of a receipt (RFC 5429)"),
     ("auto-reply", is_receipt, "a receipt (RFC 8098 2)"),
-    header("bounce", "x-failed-recipients", ".+", "X-Failed-Recipients (Exim, Gmail)"),
+    ("bounce", has("x-failed-recipients", ".+"), "X-Failed-Recipients (Exim, Gmail)"),
     # Before Auto-Submitted: daemons write auto-replied too (RFC 3834 5.2 knows the misuse).
     ("bounce", lambda mail: is_daemon(mail.author), "From is a mailer daemon"),
     # RFC 3834 5: any keyword but "no" is automatic.
-    header("auto-reply", "auto-submitted", "(?!(?:no|auto-generated|auto-notified)$).+",
-           "Auto-Submitted (RFC 3834 5.2)"),
-    header("auto-reply", "x-autoreply x-auto-reply x-autorespond x-autoresponder "
-           "x-autoresponse x-autoreply-from x-mail-autoreply x-vacation",
-           "(?!(?:no|false|0)$).+",
-           "an autoresponder's own header"),
-    header("auto-reply", "precedence x-precedence preference", "auto_reply",
-           "Precedence: auto_reply"),
-    header("auto-reply", "x-autogenerated", "reply",
-           "X-Autogenerated: reply (Communigate)"),
-    header("auto-reply", "x-fc-machinegenerated", "true",
-           "X-FC-MachineGenerated (FirstClass)"),
-    header("auto-reply", "x-post-messageclass", r"9\b.*|.*autoresponder.*",
-           "X-POST-MessageClass (Mailtraq)", str),
-    header("auto-reply", "delivered-to", "autoresponder",
-           "Delivered-To: Autoresponder (qmail)"),
-    header("auto-reply", "x-apple-action", "vacation.*",
-           "X-Apple-Action: VACATION (iCloud)"),
+    ("auto-reply", has("auto-submitted", "(?!(?:no|auto-generated|auto-notified)$).+"),
+     "Auto-Submitted (RFC 3834 5.2)"),
+    ("auto-reply", has(
+        "x-autoreply x-auto-reply x-autorespond x-autoresponder x-autoresponse "
+        "x-autoreply-from x-mail-autoreply x-vacation", "(?!(?:no|false|0)$).+"),
+     "an autoresponder's own header"),
+    ("auto-reply", has("precedence x-precedence preference", "auto_reply"),
+     "Precedence: auto_reply"),
+    ("auto-reply", has("x-autogenerated", "reply"), "X-Autogenerated: reply (Communigate)"),
+    ("auto-reply", has("x-fc-machinegenerated", "true"),
+     "X-FC-MachineGenerated (FirstClass)"),
+    ("auto-reply", has("x-post-messageclass", r"9\b.*|.*autoresponder.*", str),
+     "X-POST-MessageClass (Mailtraq)"),
+    ("auto-reply", has("delivered-to", "autoresponder"),
+     "Delivered-To: Autoresponder (qmail)"),
+    ("auto-reply", has("x-apple-action", "vacation.*"),
+     "X-Apple-Action: VACATION (iCloud)"),
     ("auto-reply", is_exchange_vacation, "Exchange's Mailbox Rules Agent"),
     # Alone the header may stand on what a rule forwarded for a person.
     ("auto-reply", lambda mail: "x-ms-exchange-inbox-rules-loop" in mail.headers and (
@@ -1732,7 +1713,7 @@ SIGNS: tuple[Sign, ...] = (
      "the subject of a vacation notice"),
     ("bounce", lambda mail: is_daemon(mail.sender),
      "the envelope sender is a mailer daemon (RFC 3834 7)"),
-    header("bounce", "x-postal-bounce", "true|1", "the provider takes it for a bounce"),
+    ("bounce", has("x-postal-bounce", "true|1"), "the provider takes it for a bounce"),
     ("bounce", lambda mail: "message/delivery-status" in mail.types and (
         is_bounce_like(mail) or is_postmaster(mail.author)),
      "it carries a delivery status"),
@@ -1740,17 +1721,17 @@ SIGNS: tuple[Sign, ...] = (
      "postmaster, and a sign of a bounce"),
     ("bounce", lambda mail: (mail.is_null or not mail.author) and is_bounce(mail.subject),
      "from nobody, with the subject of a bounce"),
-    header("machine", "auto-submitted", "auto-generated|auto-notified",
-           "Auto-Submitted: nobody typed it (RFC 3834 5.1)"),
-    header("machine", "x-ms-exchange-generated-message-source",
-           "(?!mailbox rules agent$).+", "made by an Exchange agent"),
-    header("machine", "x-arf feedback-type", "(?!no$).+",
-           "an abuse report (X-ARF, RFC 5965)"),
-    header("list", "precedence x-precedence", "list", "Precedence: list (RFC 3834 2)"),
-    header("list", LIST_HEADERS, ".*", "a mailing list's header (RFC 2919, RFC 5230 4.6)"),
-    header("bulk", "precedence x-precedence", r"(?:bulk|junk)\b.*",
-           "Precedence: bulk or junk (RFC 3834 2)"),
-    header("bulk", BULK_HEADERS, ".*", "a mass mailing's header"),
+    ("machine", has("auto-submitted", "auto-generated|auto-notified"),
+     "Auto-Submitted: nobody typed it (RFC 3834 5.1)"),
+    ("machine", has("x-ms-exchange-generated-message-source", "(?!mailbox rules agent$).+"),
+     "made by an Exchange agent"),
+    ("machine", has("x-arf feedback-type", "(?!no$).+"),
+     "an abuse report (X-ARF, RFC 5965)"),
+    ("list", has("precedence x-precedence", "list"), "Precedence: list (RFC 3834 2)"),
+    ("list", has(LIST_HEADERS, ".*"), "a mailing list's header (RFC 2919, RFC 5230 4.6)"),
+    ("bulk", has("precedence x-precedence", r"(?:bulk|junk)\b.*"),
+     "Precedence: bulk or junk (RFC 3834 2)"),
+    ("bulk", has(BULK_HEADERS, ".*"), "a mass mailing's header"),
     # From here on it is a person's mail that is not confirmed; the last row's is.
     ("human", lambda mail: mail.is_null, "the envelope sender is null (RFC 3834 2)"),
     ("human", lambda mail: is_never_answered(mail.author),
@@ -1758,21 +1739,22 @@ SIGNS: tuple[Sign, ...] = (
     ("human", lambda mail: is_list_sender(mail.sender),
      "the envelope sender is one that is never answered (RFC 3834 7)"),
     # Not the envelope sender, which only the first header tells; yet nobody writes it idly.
-    header("human", "return-path", "<>", "Return-Path is null (RFC 3834 2)", str),
+    ("human", has("return-path", "<>", str), "Return-Path is null (RFC 3834 2)"),
     ("human", lambda mail: is_bounce(mail.subject) and not mail.first("in-reply-to"),
      "the subject of a bounce"),
     ("human", lambda mail: may_be_vacation(mail.subject),
      "the subject may be a vacation notice's"),
-    header("human", "x-loop x-auto-generated", "yes|true|hd-.*",
-           "another helpdesk marks its mail so"),
-    header("human", "x-rt-loop-prevention x-roundup-loop x-otrs-loop "
-           "x-hmxmroriginalrecipient", ".*", "another helpdesk's own mail, or a complaint"),
+    ("human", has("x-loop x-auto-generated", "yes|true|hd-.*"),
+     "another helpdesk marks its mail so"),
+    ("human", has(
+        "x-rt-loop-prevention x-roundup-loop x-otrs-loop x-hmxmroriginalrecipient", ".*"),
+     "another helpdesk's own mail, or a complaint"),
     ("human", wants_no_answer,
      "X-Auto-Response-Suppress asks for none (MS-OXCMAIL 2.1.3.2.20)"),
     # Of these headers only the first can be our own server's.
-    ("human", lambda mail: any(map(is_spam, (
-        *mail.verdicts, mail.first("x-spam-flag"), mail.first("x-spam-status"),
-        mail.first("x-mailgun-sflag")))), "the provider takes it for spam"),
+    ("human", lambda mail: any(map(is_spam, [*mail.verdicts, *map(mail.first, (
+        "x-spam-flag", "x-spam-status", "x-mailgun-sflag"))])),
+     "the provider takes it for spam"),
     ("human", lambda mail: re.search(
         r"\bdmarc\s*=\s*fail", mail.first("authentication-results"), re.I),
      "From may be forged, DMARC failed (RFC 8601 5)"),
@@ -1830,9 +1812,9 @@ def take_off_stamps(mail: Evidence, own_addresses: list[str], trusted: str) -> N
 def names_one_of(mail: Evidence, names: Iterable[str], addresses: set[str]) -> bool:
     """Whether an address stands in one of the headers, in <brackets> where it has any."""
     for name in names:
-        for value in mail.headers.get(name, ()):
-            words = re.findall("<(?:mailto:)?([^<>]*)>", value.lower())
-            if not addresses.isdisjoint(words or re.split(r"[\s;,]+", value.lower())):
+        for value in map(str.lower, mail.headers.get(name, ())):
+            words = re.findall("<(?:mailto:)?([^<>]*)>", value) or re.split(r"[\s;,]+", value)
+            if not addresses.isdisjoint(words):
                 return True
     return False
 
