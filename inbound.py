@@ -129,17 +129,13 @@ Faults = dict[str, str]     # field → what is wrong with it
 DB = sqlite3.Connection
 
 
+@dataclass(eq=False)
 class Refused(Exception):
-    """An error that is answered: HTTP status, a sentence with the value and what was expected.
+    """An error that is answered: a sentence with the value and what was expected."""
 
-    `fields` are a canonical body's faults.
-    """
-
-    def __init__(self, status: int, reason: str, fields: Faults | None = None):
-        super().__init__(reason)
-        self.status = status
-        self.reason = reason
-        self.fields = fields or {}
+    status: int                         # of HTTP
+    reason: str
+    fields: Faults = field(default_factory=dict)    # a canonical body's
 
 
 class Usage(Exception):
@@ -1582,7 +1578,7 @@ class Evidence:
         self.verdicts = message.verdict.split("\n")
 
     def first(self, name: str) -> str:
-        return self.headers.get(name, [""])[0]
+        return next(iter(self.headers.get(name, ())), "")
 
 
 Test = Callable[[Evidence], object]
@@ -1705,7 +1701,7 @@ SIGNS: tuple[Sign, ...] = (
      "X-Apple-Action: VACATION (iCloud)"),
     ("auto-reply", is_exchange_vacation, "Exchange's Mailbox Rules Agent"),
     # Alone the header may stand on what a rule forwarded for a person.
-    ("auto-reply", lambda mail: "x-ms-exchange-inbox-rules-loop" in mail.headers and (
+    ("auto-reply", lambda mail: mail.headers.get("x-ms-exchange-inbox-rules-loop") and (
         wants_no_answer(mail) or is_automatic(mail)),
      "an Exchange rule's own mail, or one without answer"),
     # RFC 3834 3.1.5 warns of it as proof; nine of fourteen notices have nothing else.
@@ -1779,9 +1775,8 @@ def classify(message: Message, own_addresses: list[str],
 LIST_STAMPS = dict.fromkeys(f"{LIST_HEADERS} {BULK_HEADERS}".split(), "") | {
     "precedence": "list", "x-precedence": "list"}
 FORWARDER_STAMPS = LIST_STAMPS | {
-    "x-ms-exchange-inbox-rules-loop": "",
-    "x-ms-exchange-generated-message-source": "",
-    "auto-submitted": "auto-generated"}
+    "x-ms-exchange-inbox-rules-loop": "", "auto-submitted": "auto-generated",
+    "x-ms-exchange-generated-message-source": ""}
 FORWARDER_MARKS = (
     "x-ms-exchange-inbox-rules-loop", "resent-from", "x-forwarded-for", "x-forwarded-to")
 
@@ -1803,10 +1798,8 @@ def take_off_stamps(mail: Evidence, own_addresses: list[str], trusted: str) -> N
     if not is_daemon(mail.sender):
         mail.sender = ""
     for name, word in stamps.items():
-        values = mail.headers.pop(name, [])
-        left = [value for value in values if word and keyword(value) != word]
-        if left:
-            mail.headers[name] = left
+        mail.headers[name] = [value for value in mail.headers.get(name, ())
+                              if word and keyword(value) != word]
 
 
 def names_one_of(mail: Evidence, names: Iterable[str], addresses: set[str]) -> bool:
@@ -1830,8 +1823,9 @@ def local_part(address: str) -> str:
 # In brackets of any width or none, and folded by mail programs between the halves.
 SUBJECT_TAG = re.compile(
     r"(?<![\w-])(T-)\s?([0-9A-Z]{4}-)\s?([0-9A-Z]{4})(?![\w-])", re.I | re.A)
-RETURNED_ID = re.compile(
-    r"^[> \t]*(?:x-)?(?:original-)?message-id:\s*(<[^<>\s]+>)", re.I | re.M)
+# What a report sends back, in its parts or (a provider's JSON) in its text.
+returned_ids = re.compile(
+    r"^[> \t]*(?:x-)?(?:original-)?message-id:\s*(<[^<>\s]+>)", re.I | re.M).findall
 PLACES = ("In-Reply-To", "References", "Exchange's parent id", "the returned message")
 # The first id that we know; of its messages the one as written, then of its own requester,
 # then the liveliest. Servers change an id's case and lose a trailing dot, hence the second
@@ -1852,7 +1846,7 @@ def thread(db: DB, account: Row, message: Message, kind: str) -> tuple[Row | Non
     # RFC 3464 2, RFC 8098 3.2.5: reports and receipts carry the mail that came back.
     exchange = header_values(message.headers, "x-ms-exchange-parent-message-id")
     ids = [message.in_reply_to, message.references[::-1], ids_of(exchange),
-           returned_ids(message) if kind in ("bounce", "auto-reply") else []]
+           returned_ids(report_of(message))[:20] if kind in ("bounce", "auto-reply") else []]
     ticket = any(ids) and db.execute(THREAD, [
         ids, account["id"], message.from_address]).fetchone()
     if ticket:
@@ -1864,11 +1858,6 @@ def thread(db: DB, account: Row, message: Message, kind: str) -> tuple[Row | Non
         if ticket and mailbox_key(ticket["requester"]) == mailbox_key(message.from_address):
             return ticket, "the requester wrote it with this ticket's tag in the subject"
     return None, "no id of a known message, so a new ticket"
-
-
-def returned_ids(message: Message) -> list[str]:
-    """Message-ids of what a report sends back: in its parts or (a provider's JSON) text."""
-    return RETURNED_ID.findall(report_of(message))[:20]
 
 
 def report_of(message: Message) -> str:
@@ -2107,10 +2096,9 @@ def migrate(db: DB, path: str) -> bool:
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA foreign_keys = OFF")
     db.execute("BEGIN IMMEDIATE")       # two processes may start at once
-    first = version = version_of(db, path)
-    while version != SCHEMA_VERSION:
+    first = version_of(db, path)
+    while (version := version_of(db, path)) != SCHEMA_VERSION:
         MIGRATIONS[version](db)
-        version = version_of(db, path)
     db.execute("COMMIT")
     return first == 0
 
@@ -2365,14 +2353,11 @@ def fail_bounced(db: DB, account: Row, message: Message) -> None:
     codes = re.findall(         # RFC 3463
         r"(?<![\d.])(?:[245]\.\d{1,3}\.\d{1,3}|55\d)(?![\d.])", report)
     actions = re.findall(r"^(?:action|feedback-type):\s*(\w+)", report.lower(), re.M)
-    if actions:
-        is_final = not NOT_FINAL.issuperset(actions)
-    else:
-        is_final = {code[0] for code in codes} != {"4"} or not DELAYED.search(
-            message.subject + report)
-    if not is_final:
+    is_delayed = {code[0] for code in codes} == {"4"} and DELAYED.search(
+        message.subject + report)
+    if NOT_FINAL.issuperset(actions) if actions else is_delayed:
         return
-    ids = [*returned_ids(message), *message.in_reply_to, *message.references]
+    ids = [*returned_ids(report)[:20], *message.in_reply_to, *message.references]
     code = next((code for code in codes if code[0] == "5"), "no code")
     db.execute("""UPDATE outbox SET state = 'failed', last_error = ? WHERE state = 'sent'
         AND message IN (SELECT id FROM message WHERE email_account = ? AND direction = 'out'
