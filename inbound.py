@@ -244,8 +244,7 @@ def make_app(store: Store) -> Wsgi:
                 content["fields"] = refusal.fields
         except Exception:
             log.exception("while answering")
-            status = 500
-            content = {"error": "unexpected: nothing was stored, send it again"}
+            status, content = 500, {"error": "unexpected: nothing was stored, send it again"}
         line = json.dumps(content)
         # Escaped and capped: nobody outside writes a line of this log.
         log.info("%d %sB %.0fms %s %s", status, environ.get("CONTENT_LENGTH") or 0,
@@ -361,8 +360,7 @@ def understand(reading: Reading, member: Any, post: Post) -> Filing | str:
             kept = safe(post)
             mail["whole"] = (reading.cut, "post", kept.content_type, kept.body)
         message = normalise(mail, is_strict=reading.provider == "canonical")
-        forwarders = post.account["trusted_forwarders"] or ""
-        return Filing(message, *classify(message, post.own_addresses, forwarders))
+        return Filing(message, *classify(message, post))
     except Refused:
         raise
     except Exception as error:
@@ -418,9 +416,8 @@ TROUBLES = """
 # stranger's post nothing but header lines is looked at.
 
 SECRETS = """
-    SELECT *, inbound_secret AS secret FROM email_account
-    UNION ALL SELECT *, previous_secret FROM email_account
-    WHERE previous_secret_until > ?"""
+    SELECT *, inbound_secret AS secret FROM email_account UNION ALL
+    SELECT *, previous_secret FROM email_account WHERE previous_secret_until > ?"""
 
 
 def authenticate(store: Store, environ: Row) -> tuple[Post, bool]:
@@ -1757,14 +1754,10 @@ SIGNS: tuple[Sign, ...] = (
     ("human", lambda mail: True, ""))
 
 
-def classify(message: Message, own_addresses: list[str],
-             trusted: str) -> tuple[str, str, str]:
-    """Return (kind, reason, why it is not to be confirmed or ""), the latter two in words.
-
-    `trusted` are the account's forwarders, addresses between commas.
-    """
+def classify(message: Message, post: Post) -> tuple[str, str, str]:
+    """Return (kind, reason, why it is not to be confirmed or ""), the latter two in words."""
     mail = Evidence(message)
-    take_off_stamps(mail, own_addresses, trusted)
+    take_off_stamps(mail, post)
     kind, _, reason = next(sign for sign in SIGNS if sign[1](mail))
     if kind == "human":
         return kind, "no sign of automatic mail", reason
@@ -1781,13 +1774,14 @@ FORWARDER_MARKS = (
     "x-ms-exchange-inbox-rules-loop", "resent-from", "x-forwarded-for", "x-forwarded-to")
 
 
-def take_off_stamps(mail: Evidence, own_addresses: list[str], trusted: str) -> None:
+def take_off_stamps(mail: Evidence, post: Post) -> None:
     """Take off what our own groups and trusted forwarders stamped on a person's mail.
 
     Through them every customer's mail has a List-Id or an Auto-Submitted.
     """
+    trusted = post.account["trusted_forwarders"] or ""      # addresses between commas
     forwarders = set(re.findall(r"[^\s,]+", trusted.lower()))
-    ours = forwarders.union(map(str.lower, own_addresses))
+    ours = forwarders.union(map(str.lower, post.own_addresses))
     ours |= {address.replace("@", ".") for address in ours}     # <help.example.org>
     if mail.envelope_from in forwarders or names_one_of(mail, FORWARDER_MARKS, forwarders):
         stamps = FORWARDER_STAMPS
@@ -2147,9 +2141,9 @@ def from_version_1(db: DB) -> None:
     more; they are kept to be read.
     """
     providers = db.execute(PROVIDERS_OF_VERSION_1).fetchall()
-    parts = db.execute("""SELECT name, type FROM sqlite_schema
-        WHERE type <> 'table' AND sql IS NOT NULL""").fetchall()
-    for part in parts:      # a view's triggers go with it
+    for part in db.execute("""SELECT name, type FROM sqlite_schema
+            WHERE type <> 'table' AND sql IS NOT NULL""").fetchall():
+        # A view's triggers go with it.
         db.execute('DROP {type} IF EXISTS "{name}"'.format(**part))
     run_script(db, OUT_OF_VERSION_1)
     for table in CARRIED:
@@ -2227,9 +2221,8 @@ def file_post(db: DB, now: int, post: Post, filings: list[Filing | str]) -> list
 
 KNOWN = """
     SELECT ticket.*, message.id AS message, direction, digest, kind
-    FROM message JOIN ticket ON ticket.id = message.ticket
-    WHERE message.email_account = ? AND message_id = ?
-    ORDER BY digest = ? DESC, direction DESC LIMIT 1"""
+    FROM message JOIN ticket ON ticket.id = message.ticket WHERE message.email_account = ?
+        AND message_id = ? ORDER BY digest = ? DESC, direction DESC LIMIT 1"""
 
 
 def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
@@ -2251,9 +2244,9 @@ def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
         message.notes.append(found)
     else:
         ticket, found = thread(db, account, message, kind)
-    status, confirmation, draft = "appended", "not due", None
-    due = "no confirmation: it opened no ticket"
+    draft, due = None, "no confirmation: it opened no ticket"
     if ticket:
+        status, confirmation = "appended", "not due"
         touch_ticket(db, now, ticket, message, kind)
     else:
         ticket, status = open_ticket(db, now, account, message, kind), "created"
@@ -2283,8 +2276,7 @@ NEW_TICKET = """
         created_at, updated_at)
     VALUES (:reference, iif(:kind IN ('auto-reply', 'bounce'),
             (SELECT id FROM queue WHERE name = 'Automatic'), :queue), :id, :subject,
-        :from_address, :from_name, :now, :now)
-    RETURNING *"""
+        :from_address, :from_name, :now, :now) RETURNING *"""
 
 
 def touch_ticket(db: DB, now: int, ticket: Row, message: Message, kind: str) -> None:
