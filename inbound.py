@@ -474,7 +474,7 @@ def secret_in(content_type: str, body: bytes, known: list[Row]) -> bytes:
     """`SecretKey` of a body; it is parsed only when a known secret stands in its bytes."""
     text = body.decode("latin-1")
     if any(spellings(account["secret"]).search(text) for account in known):
-        with contextlib.suppress(Refused), one_heavy_at_a_time(body):
+        with one_heavy_at_a_time(body), contextlib.suppress(Refused):
             fields = fields_of(content_type, body)
             if isinstance(fields, dict):
                 return str(fields.get("SecretKey")).encode("utf-8", "replace")
@@ -1825,13 +1825,12 @@ PLACES = ("In-Reply-To", "References", "Exchange's parent id", "the returned mes
 # then the liveliest. Servers change an id's case and lose a trailing dot, hence the second
 # spelling. CROSS JOIN: an index look-up for each id, never a scan.
 THREAD = """
-    SELECT ticket.*, place.key AS place
-    FROM json_each(?) AS place CROSS JOIN json_each(place.value) AS named CROSS JOIN message
+    SELECT ticket.*, place.key AS place FROM json_each(?) AS place
+    CROSS JOIN json_each(place.value) AS named CROSS JOIN message
     ON message.email_account = ? AND message_id COLLATE NOCASE
         IN (named.value, rtrim(rtrim(named.value, '>'), '.') || '>')
-    JOIN ticket ON ticket.id = message.ticket
-    ORDER BY place.key, named.key, message_id = named.value DESC, requester = ? DESC,
-        updated_at DESC LIMIT 1"""
+    JOIN ticket ON ticket.id = message.ticket ORDER BY place.key, named.key,
+        message_id = named.value DESC, requester = ? DESC, updated_at DESC LIMIT 1"""
 
 
 def thread(db: DB, account: Row, message: Message, kind: str) -> tuple[Row | None, str]:
@@ -2025,15 +2024,14 @@ class Store:
 
     def _begin(self) -> DB:
         """The writer in a transaction. Nobody waits for a lock that was there just now."""
-        is_new = self._writer is None
         if self._writer is None:
             self.open()
             self._writer = self._connect()
+            self._files = {}
         wait = BUSY_TIMEOUT if time.monotonic() > self._locked_until else 0
         self._writer.execute(f"PRAGMA busy_timeout = {1000 * wait:.0f}")
         self._writer.execute("BEGIN IMMEDIATE")
-        if is_new:
-            self._files = files_at(self.path)
+        self._files = self._files or files_at(self.path)
         return self._writer
 
     def _refuse_if_replaced(self) -> None:
@@ -2102,8 +2100,7 @@ def version_of(db: DB, path: str) -> int:
     found = db.execute(WHOSE_FILE, [APPLICATION_ID, SCHEMA_VERSION]).fetchone()
     if found["fault"]:
         raise Refused(503, f"{path!r} {found['fault']}")
-    version: int = found["version"]
-    return version
+    return int(found["version"])
 
 
 # Of what calls itself version 1 only the released one has this view.
@@ -2179,10 +2176,10 @@ OUT_OF_VERSION_1 = """
     DROP TABLE command;
     -- What version 2 takes no more.
     UPDATE queue SET name = 'Queue ' || id WHERE trim(name) = '';
-    UPDATE email_account SET template = template || '{reference}' || char(10)
-    WHERE NOT instr(template, '{reference}');
-    UPDATE email_account SET trusted_forwarders = NULL
-    WHERE trusted_forwarders NOT LIKE '_%@_%';
+    UPDATE email_account SET
+        template = template || iif(instr(template, '{reference}'), '',
+            '{reference}' || char(10)),
+        trusted_forwarders = iif(trusted_forwarders LIKE '_%@_%', trusted_forwarders, NULL);
     """
 MIGRATIONS = {0: new_file, 1: from_version_1}   # version → what makes a later one of it
 
@@ -2290,8 +2287,7 @@ def touch_ticket(db: DB, now: int, ticket: Row, message: Message, kind: str) -> 
         WHERE message.ticket = ? AND outbox.mailbox = ?""",
         [ticket["id"], mailbox]).fetchone()
     if not is_party and kind not in ("bounce", "auto-reply"):
-        message.notes.append(
-            f"written by a stranger to this ticket: {message.from_address}")
+        message.notes.append(f"written by a stranger to this ticket: {message.from_address}")
     db.execute(
         "UPDATE ticket SET updated_at = ?, status = iif(?, 'open', status) WHERE id = ?",
         [now, kind == "human" and bool(is_party), ticket["id"]])
@@ -2303,7 +2299,8 @@ def insert_message(db: DB, now: int, ticket: Row, message: Message, reason: str,
     row = db.execute(NEW_MESSAGE, ticket | vars(message) | {
         "now": now, "reason": reason, "kind": kind, "confirmation": confirmation}).lastrowid
     for item in message.attachments:
-        db.execute(NEW_ATTACHMENT, vars(item) | {"message": row, "sha256": item.sha256})
+        columns = vars(item) | {"sha256": item.sha256}
+        insert(db, "attachment", message=row, size=len(item.content or b""), **columns)
     return row or 0
 
 
@@ -2315,11 +2312,6 @@ NEW_MESSAGE = """
         (SELECT group_concat(value, ' ') FROM json_each(:in_reply_to)),
         :references, :from_address, :from_name, :envelope_from, :to, :cc, :subject, :text,
         :html, :headers, :kind, :reason, :confirmation, :notes, :now)"""
-NEW_ATTACHMENT = """
-    INSERT INTO attachment (message, filename, content_type, content_id, size, sha256,
-        content, note)
-    VALUES (:message, :filename, :content_type, :content_id, ifnull(length(:content), 0),
-        :sha256, :content, :note)"""
 
 
 def insert(db: DB, table: str, **row: Any) -> None:
@@ -2374,12 +2366,10 @@ def safe(post: Post) -> Post:
 
 def keep(db: DB, now: int, post: Post, status: int, reason: str) -> None:
     """Keep a safe post that became no message; the same body again updates its row."""
-    db.execute("""INSERT INTO rejected
-            (received_at, email_account, status, reason, content_type, body, body_sha256)
-        VALUES (?, ?, ?, ?, ?, ?, ?)
-        ON CONFLICT (email_account, body_sha256) DO UPDATE SET tries = tries + 1,
-            received_at = excluded.received_at, status = excluded.status,
-            reason = excluded.reason""", [
+    db.execute("""INSERT INTO rejected (received_at, email_account, status, reason,
+            content_type, body, body_sha256) VALUES (?, ?, ?, ?, ?, ?, ?)
+        ON CONFLICT DO UPDATE SET tries = tries + 1, received_at = excluded.received_at,
+            status = excluded.status, reason = excluded.reason""", [
         post.received_at or now, post.account["id"], status, clean(reason),
         post.content_type, post.body, hashlib.sha256(post.body).hexdigest()])
 
