@@ -129,17 +129,13 @@ Faults = dict[str, str]     # field → what is wrong with it
 DB = sqlite3.Connection
 
 
+@dataclass(eq=False)
 class Refused(Exception):
-    """An error that is answered: HTTP status, a sentence with the value and what was expected.
+    """An error that is answered: a sentence with the value and what was expected."""
 
-    `fields` are a canonical body's faults.
-    """
-
-    def __init__(self, status: int, reason: str, fields: Faults | None = None):
-        super().__init__(reason)
-        self.status = status
-        self.reason = reason
-        self.fields = fields or {}
+    status: int                         # of HTTP
+    reason: str
+    fields: Faults = field(default_factory=dict)    # a canonical body's
 
 
 class Usage(Exception):
@@ -210,7 +206,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Filing:
-    """A member of a post, ready to be stored; or the `fault` why it was not understood."""
+    """A member of a post, ready to be stored."""
 
     message: Message
     kind: str
@@ -248,8 +244,7 @@ def make_app(store: Store) -> Wsgi:
                 content["fields"] = refusal.fields
         except Exception:
             log.exception("while answering")
-            status = 500
-            content = {"error": "unexpected: nothing was stored, send it again"}
+            status, content = 500, {"error": "unexpected: nothing was stored, send it again"}
         line = json.dumps(content)
         # Escaped and capped: nobody outside writes a line of this log.
         log.info("%d %sB %.0fms %s %s", status, environ.get("CONTENT_LENGTH") or 0,
@@ -287,7 +282,7 @@ def respond(store: Store, environ: Row) -> Answer:
     # As it was sent: `//api` and `/api%2F` are one path to servers, not to proxies' rules.
     sent = environ.get("REQUEST_URI") or environ.get("RAW_URI") or path
     is_plain = sent.partition("?")[0] == environ.get("SCRIPT_NAME", "") + path
-    if path not in (ENDPOINT, ENDPOINT + "/") or not is_plain:
+    if path.removesuffix("/") != ENDPOINT or not is_plain:
         raise Refused(404, f"there is nothing here; mail is posted to {ENDPOINT}")
     if method in ("GET", "HEAD"):   # some providers probe the URL before they use it
         return 200, {"status": "probed"}, "inbound: post received mail here\n"
@@ -324,18 +319,16 @@ def receive(store: Store, post: Post) -> tuple[str, Row]:
         with one_heavy_at_a_time(post.body):
             reading = read(post, store.own_providers)
             filings = [understand(reading, member, post) for member in reading.members]
-        has_faults = any(isinstance(filing, str) for filing in filings)
-        answers = store.write(file_post, post, filings, safe(post) if has_faults else post)
     except Refused as refusal:      # the value that it names may be the secret
         reason = starred(post.account, refusal.reason)
-        if refusal.status in (400, 415, 422):
+        if refusal.status != 503:
             store.write(keep, safe(post), refusal.status, reason)
         raise Refused(refusal.status, reason, {
             name: starred(post.account, fault)
             for name, fault in refusal.fields.items()}) from None
     except Exception as error:
-        fault = fault_of(error, post, reading.provider)
-        answers = store.write(file_post, post, [fault], safe(post))
+        filings = [fault_of(error, post, reading.provider)]
+    answers = store.write(file_post, post, filings)
     if not answers:
         if reading.is_kept:
             store.write(keep, safe(post), 200, reading.notice)
@@ -367,8 +360,7 @@ def understand(reading: Reading, member: Any, post: Post) -> Filing | str:
             kept = safe(post)
             mail["whole"] = (reading.cut, "post", kept.content_type, kept.body)
         message = normalise(mail, is_strict=reading.provider == "canonical")
-        forwarders = post.account["trusted_forwarders"] or ""
-        return Filing(message, *classify(message, post.own_addresses, forwarders))
+        return Filing(message, *classify(message, post))
     except Refused:
         raise
     except Exception as error:
@@ -383,14 +375,19 @@ def fault_of(error: Exception, post: Post, where: str) -> str:
 
 def health(store: Store) -> Answer:
     """GET /healthz: 503 with reasons when mail is not taken or sent; else warnings."""
+    now = store.now()
     try:
         store.write(rehearse)
-        reasons, warnings = troubles(store)
+        disk = shutil.disk_usage(store.path)
+        rows = store.rows(TROUBLES, {
+            "now": now, "free": 100 * disk.free / disk.total,
+            "refused": sum(at > now - REFUSALS_SHOWN for at, _ in [*store.refusals])})
     except Refused as refusal:
-        reasons, warnings = [refusal.reason], []
-    if reasons:
-        return 503, {"status": "degraded", "reasons": reasons}, None
-    return 200, {"status": "ok", "warnings": warnings}, None
+        rows = [{"is_urgent": 1, "words": refusal.reason}]
+    urgent = [row["words"] for row in rows if row["is_urgent"]]
+    if urgent:
+        return 503, {"status": "degraded", "reasons": urgent}, None
+    return 200, {"status": "ok", "warnings": [row["words"] for row in rows]}, None
 
 
 TROUBLES = """
@@ -413,26 +410,14 @@ TROUBLES = """
     WHERE :refused"""
 
 
-def troubles(store: Store) -> tuple[list[str], list[str]]:
-    """What /healthz and `doctor` say of the service: (what is urgent, what can wait)."""
-    now = store.now()
-    disk = shutil.disk_usage(Path(store.path).resolve().parent)
-    rows = store.rows(TROUBLES, {
-        "now": now, "free": 100 * disk.free / disk.total,
-        "refused": sum(at > now - REFUSALS_SHOWN for at, _ in [*store.refusals])})
-    urgent = [row["words"] for row in rows if row["is_urgent"]]
-    return urgent, [row["words"] for row in rows if not row["is_urgent"]]
-
-
 # -----------------------------------------------------------------------------------------
 # Authenticate: the first place that holds a secret decides, even when it is empty there.
 # The secrets of all accounts are compared, always, so that the time tells nothing. Of a
 # stranger's post nothing but header lines is looked at.
 
 SECRETS = """
-    SELECT *, inbound_secret AS secret FROM email_account
-    UNION ALL SELECT *, previous_secret FROM email_account
-    WHERE previous_secret_until > ?"""
+    SELECT *, inbound_secret AS secret FROM email_account UNION ALL
+    SELECT *, previous_secret FROM email_account WHERE previous_secret_until > ?"""
 
 
 def authenticate(store: Store, environ: Row) -> tuple[Post, bool]:
@@ -489,7 +474,7 @@ def secret_in(content_type: str, body: bytes, known: list[Row]) -> bytes:
     """`SecretKey` of a body; it is parsed only when a known secret stands in its bytes."""
     text = body.decode("latin-1")
     if any(spellings(account["secret"]).search(text) for account in known):
-        with contextlib.suppress(Refused), one_heavy_at_a_time(body):
+        with one_heavy_at_a_time(body), contextlib.suppress(Refused):
             fields = fields_of(content_type, body)
             if isinstance(fields, dict):
                 return str(fields.get("SecretKey")).encode("utf-8", "replace")
@@ -1647,7 +1632,7 @@ class Evidence:
         self.verdicts = message.verdict.split("\n")
 
     def first(self, name: str) -> str:
-        return self.headers.get(name, [""])[0]
+        return next(iter(self.headers.get(name, ())), "")
 
 
 Test = Callable[[Evidence], object]
@@ -1666,66 +1651,49 @@ def keyword(value: str) -> str:
     return value.partition(";")[0].strip(' \t:"\'').lower()
 
 
-def matching(names: str, pattern: str, by: Callable[..., str] = keyword) -> Test:
+def has(names: str, pattern: str, by: Callable[..., str] = keyword) -> Test:
     """Whether of these headers (lower case) a value, read by `by`, matches as a whole."""
-    compiled = re.compile(pattern, re.I)
+    matches = re.compile(pattern, re.I).fullmatch
     keys = names.split()
 
     def holds(mail: Evidence) -> bool:
-        for key in keys:
-            for value in mail.headers.get(key, ()):
-                if compiled.fullmatch(by(value)):
-                    return True
-        return False
+        return any(matches(by(value)) for key in keys for value in mail.headers.get(key, ()))
 
     return holds
 
 
-def header(kind: str, names: str, pattern: str, reason: str,
-           by: Callable[..., str] = keyword) -> Sign:
-    return kind, matching(names, pattern, by), reason
-
-
-def any_of(*phrases: str) -> str:
-    return "(?:" + "|".join(phrases) + ")"
-
-
 DAEMON = "mailer-daemon|mail-daemon|mdaemon"
 POSTMASTER = "post[-_.]?master"
-LIST_SENDER = any_of(
-    "owner-.+", ".+[-+]owner(?:[-+].*)?", ".+-request", ".+-bounces?",
-    "bounces?(?:[+=-].*)?", ".*noreply.*", "(?:.*[-_.+])?no[-_.]repl(?:y|ies).*")
+LIST_SENDER = (
+    "owner-.+|.+[-+]owner(?:[-+].*)?|.+-request|.+-bounces?|bounces?(?:[+=-].*)?|"
+    ".*noreply.*|(?:.*[-_.+])?no[-_.]repl(?:y|ies).*")
 is_daemon = re.compile(DAEMON).fullmatch
 is_postmaster = re.compile(POSTMASTER).fullmatch
 is_list_sender = re.compile(LIST_SENDER).fullmatch
-is_never_answered = re.compile(any_of(
-    LIST_SENDER, DAEMON, POSTMASTER, ".*do[-_.]?not[-_.]?reply.*",
-    "mailerdaemon", "no[-_.]?respond.*", "auto[-_.]?(?:reply|responder)", "nobody", "abuse",
-    "root", "listserv", "majordomo", "mailman", "feedbackloop",
-    "(?:prvs|srs[01])=.*")).fullmatch       # rewritten envelopes, no one's mailbox
+is_never_answered = re.compile(
+    f"{LIST_SENDER}|{DAEMON}|{POSTMASTER}|.*do[-_.]?not[-_.]?reply.*|mailerdaemon|"
+    "no[-_.]?respond.*|auto[-_.]?(?:reply|responder)|nobody|abuse|root|listserv|majordomo|"
+    "mailman|feedbackloop|(?:prvs|srs[01])=.*").fullmatch   # rewritten envelopes
 REPLY = r"(?!\s*(?:re|aw|sv|antw(?:ort)?|res|fwd?|wg|tr|rv|enc|i)\s*:)"    # what it is not
-is_vacation = re.compile(REPLY + any_of(
-    r"(?:\[[^\]]*\]\s*)*" + any_of(
-        "automatic reply", "auto(?:matic)?[- ]?(?:reply|response)",
-        "out of (?:the )?office(?: autoreply| reply)?",
-        "abwesenheitsnotiz", "automatische antwort",
-        "réponse automatique", "absence du bureau",
-        "respuesta automática", "resposta automática",
-        "fuori sede", "risposta automatica",
-        "automatiskt? svar", "frånvaro", "automatisch antwoord", "automaattinen vastaus",
-        "automatická odpověď", "automatikus válasz", "automatyczna odpowiedź",
-        "автоматический ответ", "自動応答", "自动回复", "自動回覆",
-    ) + r"\s*(?:[:：].*|$)",
-    r"(?:\[[^\]]*\]\s*)*auto\s*[:：].*",
-    r".* is out of the office(?:\.| until .*| ?\(returning.*)?"), re.I).fullmatch
-may_be_vacation = re.compile(REPLY + ".*" + any_of(
-    "fuera de (?:la )?oficina", "fora do escritório", r"\bausência\b", r"\bausencia\b",
-    r"\bis out of (?:the )?office(?=\W*$| until\b)", r"\best absente?\b",
-    "message d['’]absence", r"\babwesend\b") + ".*", re.I).fullmatch
-is_bounce = re.compile(REPLY + ".*" + any_of(
-    "undeliver", "returned mail", "failure notice", "unzustellbar", "non remis",
-    "delivery (?:status notification|failure|has failed|incomplete)",
-    "mail delivery (?:failed|failure|system)") + ".*", re.I).fullmatch
+is_vacation = re.compile(
+    REPLY + r"(?:(?:\[[^\]]*\]\s*)*(?:"
+    "automatic reply|auto(?:matic)?[- ]?(?:reply|response)|"
+    "out of (?:the )?office(?: autoreply| reply)?|"
+    "abwesenheitsnotiz|automatische antwort|réponse automatique|absence du bureau|"
+    "respuesta automática|resposta automática|fuori sede|risposta automatica|"
+    "automatiskt? svar|frånvaro|automatisch antwoord|automaattinen vastaus|"
+    "automatická odpověď|automatikus válasz|automatyczna odpowiedź|"
+    "автоматический ответ|自動応答|自动回复|自動回覆"
+    r")\s*(?:[:：].*|$)|(?:\[[^\]]*\]\s*)*auto\s*[:：].*|"
+    r".* is out of the office(?:\.| until .*| ?\(returning.*)?)", re.I).fullmatch
+may_be_vacation = re.compile(
+    REPLY + ".*(?:fuera de (?:la )?oficina|fora do escritório|"
+    r"\bausência\b|\bausencia\b|\bis out of (?:the )?office(?=\W*$| until\b)|"
+    r"\best absente?\b|message d['’]absence|\babwesend\b).*", re.I).fullmatch
+is_bounce = re.compile(
+    REPLY + ".*(?:undeliver|returned mail|failure notice|unzustellbar|non remis|"
+    "delivery (?:status notification|failure|has failed|incomplete)|"
+    "mail delivery (?:failed|failure|system)).*", re.I).fullmatch
 is_spam = re.compile(
     r"\s*(?:(?:fail|spam|yes|true)\b.*|(?:[5-9]|\d\d+)(?:\.\d+)?\s*)", re.I).fullmatch
 
@@ -1734,13 +1702,12 @@ LIST_HEADERS = (
     "x-beenthere x-mailman-version")
 BULK_HEADERS = (
     "list-unsubscribe list-unsubscribe-post feedback-id x-campaignid x-csa-complaints")
-is_automatic = matching("auto-submitted", "(?!no$).+")
-is_refusal = matching("auto-submitted", ".*rejected.*", str)
-is_report = matching("content-type", "multipart/report.*", str)
-is_receipt = matching("content-type", "multipart/report.*disposition-notification.*", str)
-is_of_rules_agent = matching(
-    "x-ms-exchange-generated-message-source", "mailbox rules agent")
-wants_no_answer = matching(
+is_automatic = has("auto-submitted", "(?!no$).+")
+is_refusal = has("auto-submitted", ".*rejected.*", str)
+is_report = has("content-type", "multipart/report.*", str)
+is_receipt = has("content-type", "multipart/report.*disposition-notification.*", str)
+is_of_rules_agent = has("x-ms-exchange-generated-message-source", "mailbox rules agent")
+wants_no_answer = has(
     "x-auto-response-suppress", r"(?:.*[,;\s])?(?:all|autoreply)(?:[,;\s].*)?", str)
 
 
@@ -1758,38 +1725,37 @@ def is_exchange_vacation(mail: Evidence) -> object:
 
 
 SIGNS: tuple[Sign, ...] = (
-    header("bounce", "content-type", "multipart/report.*delivery-status.*",
-           "a delivery status report (RFC 3464 2)", str),
-    header("bounce", "content-type", "multipart/report.*feedback-report.*",
-           "an abuse report (RFC 5965)", str),
+    ("bounce", has("content-type", "multipart/report.*delivery-status.*", str),
+     "a delivery status report (RFC 3464 2)"),
+    ("bounce", has("content-type", "multipart/report.*feedback-report.*", str),
+     "an abuse report (RFC 5965)"),
     ("bounce", lambda mail: is_receipt(mail) and is_refusal(mail),
      "a refusal in the form of a receipt (RFC 5429)"),
     ("auto-reply", is_receipt, "a receipt (RFC 8098 2)"),
-    header("bounce", "x-failed-recipients", ".+", "X-Failed-Recipients (Exim, Gmail)"),
+    ("bounce", has("x-failed-recipients", ".+"), "X-Failed-Recipients (Exim, Gmail)"),
     # Before Auto-Submitted: daemons write auto-replied too (RFC 3834 5.2 knows the misuse).
     ("bounce", lambda mail: is_daemon(mail.author), "From is a mailer daemon"),
     # RFC 3834 5: any keyword but "no" is automatic.
-    header("auto-reply", "auto-submitted", "(?!(?:no|auto-generated|auto-notified)$).+",
-           "Auto-Submitted (RFC 3834 5.2)"),
-    header("auto-reply", "x-autoreply x-auto-reply x-autorespond x-autoresponder "
-           "x-autoresponse x-autoreply-from x-mail-autoreply x-vacation",
-           "(?!(?:no|false|0)$).+",
-           "an autoresponder's own header"),
-    header("auto-reply", "precedence x-precedence preference", "auto_reply",
-           "Precedence: auto_reply"),
-    header("auto-reply", "x-autogenerated", "reply",
-           "X-Autogenerated: reply (Communigate)"),
-    header("auto-reply", "x-fc-machinegenerated", "true",
-           "X-FC-MachineGenerated (FirstClass)"),
-    header("auto-reply", "x-post-messageclass", r"9\b.*|.*autoresponder.*",
-           "X-POST-MessageClass (Mailtraq)", str),
-    header("auto-reply", "delivered-to", "autoresponder",
-           "Delivered-To: Autoresponder (qmail)"),
-    header("auto-reply", "x-apple-action", "vacation.*",
-           "X-Apple-Action: VACATION (iCloud)"),
+    ("auto-reply", has("auto-submitted", "(?!(?:no|auto-generated|auto-notified)$).+"),
+     "Auto-Submitted (RFC 3834 5.2)"),
+    ("auto-reply", has(
+        "x-autoreply x-auto-reply x-autorespond x-autoresponder x-autoresponse "
+        "x-autoreply-from x-mail-autoreply x-vacation", "(?!(?:no|false|0)$).+"),
+     "an autoresponder's own header"),
+    ("auto-reply", has("precedence x-precedence preference", "auto_reply"),
+     "Precedence: auto_reply"),
+    ("auto-reply", has("x-autogenerated", "reply"), "X-Autogenerated: reply (Communigate)"),
+    ("auto-reply", has("x-fc-machinegenerated", "true"),
+     "X-FC-MachineGenerated (FirstClass)"),
+    ("auto-reply", has("x-post-messageclass", r"9\b.*|.*autoresponder.*", str),
+     "X-POST-MessageClass (Mailtraq)"),
+    ("auto-reply", has("delivered-to", "autoresponder"),
+     "Delivered-To: Autoresponder (qmail)"),
+    ("auto-reply", has("x-apple-action", "vacation.*"),
+     "X-Apple-Action: VACATION (iCloud)"),
     ("auto-reply", is_exchange_vacation, "Exchange's Mailbox Rules Agent"),
     # Alone the header may stand on what a rule forwarded for a person.
-    ("auto-reply", lambda mail: "x-ms-exchange-inbox-rules-loop" in mail.headers and (
+    ("auto-reply", lambda mail: mail.headers.get("x-ms-exchange-inbox-rules-loop") and (
         wants_no_answer(mail) or is_automatic(mail)),
      "an Exchange rule's own mail, or one without answer"),
     # RFC 3834 3.1.5 warns of it as proof; nine of fourteen notices have nothing else.
@@ -1797,7 +1763,7 @@ SIGNS: tuple[Sign, ...] = (
      "the subject of a vacation notice"),
     ("bounce", lambda mail: is_daemon(mail.sender),
      "the envelope sender is a mailer daemon (RFC 3834 7)"),
-    header("bounce", "x-postal-bounce", "true|1", "the provider takes it for a bounce"),
+    ("bounce", has("x-postal-bounce", "true|1"), "the provider takes it for a bounce"),
     ("bounce", lambda mail: "message/delivery-status" in mail.types and (
         is_bounce_like(mail) or is_postmaster(mail.author)),
      "it carries a delivery status"),
@@ -1805,17 +1771,17 @@ SIGNS: tuple[Sign, ...] = (
      "postmaster, and a sign of a bounce"),
     ("bounce", lambda mail: (mail.is_null or not mail.author) and is_bounce(mail.subject),
      "from nobody, with the subject of a bounce"),
-    header("machine", "auto-submitted", "auto-generated|auto-notified",
-           "Auto-Submitted: nobody typed it (RFC 3834 5.1)"),
-    header("machine", "x-ms-exchange-generated-message-source",
-           "(?!mailbox rules agent$).+", "made by an Exchange agent"),
-    header("machine", "x-arf feedback-type", "(?!no$).+",
-           "an abuse report (X-ARF, RFC 5965)"),
-    header("list", "precedence x-precedence", "list", "Precedence: list (RFC 3834 2)"),
-    header("list", LIST_HEADERS, ".*", "a mailing list's header (RFC 2919, RFC 5230 4.6)"),
-    header("bulk", "precedence x-precedence", r"(?:bulk|junk)\b.*",
-           "Precedence: bulk or junk (RFC 3834 2)"),
-    header("bulk", BULK_HEADERS, ".*", "a mass mailing's header"),
+    ("machine", has("auto-submitted", "auto-generated|auto-notified"),
+     "Auto-Submitted: nobody typed it (RFC 3834 5.1)"),
+    ("machine", has("x-ms-exchange-generated-message-source", "(?!mailbox rules agent$).+"),
+     "made by an Exchange agent"),
+    ("machine", has("x-arf feedback-type", "(?!no$).+"),
+     "an abuse report (X-ARF, RFC 5965)"),
+    ("list", has("precedence x-precedence", "list"), "Precedence: list (RFC 3834 2)"),
+    ("list", has(LIST_HEADERS, ".*"), "a mailing list's header (RFC 2919, RFC 5230 4.6)"),
+    ("bulk", has("precedence x-precedence", r"(?:bulk|junk)\b.*"),
+     "Precedence: bulk or junk (RFC 3834 2)"),
+    ("bulk", has(BULK_HEADERS, ".*"), "a mass mailing's header"),
     # From here on it is a person's mail that is not confirmed; the last row's is.
     ("human", lambda mail: mail.is_null, "the envelope sender is null (RFC 3834 2)"),
     ("human", lambda mail: is_never_answered(mail.author),
@@ -1823,35 +1789,32 @@ SIGNS: tuple[Sign, ...] = (
     ("human", lambda mail: is_list_sender(mail.sender),
      "the envelope sender is one that is never answered (RFC 3834 7)"),
     # Not the envelope sender, which only the first header tells; yet nobody writes it idly.
-    header("human", "return-path", "<>", "Return-Path is null (RFC 3834 2)", str),
+    ("human", has("return-path", "<>", str), "Return-Path is null (RFC 3834 2)"),
     ("human", lambda mail: is_bounce(mail.subject) and not mail.first("in-reply-to"),
      "the subject of a bounce"),
     ("human", lambda mail: may_be_vacation(mail.subject),
      "the subject may be a vacation notice's"),
-    header("human", "x-loop x-auto-generated", "yes|true|hd-.*",
-           "another helpdesk marks its mail so"),
-    header("human", "x-rt-loop-prevention x-roundup-loop x-otrs-loop "
-           "x-hmxmroriginalrecipient", ".*", "another helpdesk's own mail, or a complaint"),
+    ("human", has("x-loop x-auto-generated", "yes|true|hd-.*"),
+     "another helpdesk marks its mail so"),
+    ("human", has(
+        "x-rt-loop-prevention x-roundup-loop x-otrs-loop x-hmxmroriginalrecipient", ".*"),
+     "another helpdesk's own mail, or a complaint"),
     ("human", wants_no_answer,
      "X-Auto-Response-Suppress asks for none (MS-OXCMAIL 2.1.3.2.20)"),
     # Of these headers only the first can be our own server's.
-    ("human", lambda mail: any(map(is_spam, (
-        *mail.verdicts, mail.first("x-spam-flag"), mail.first("x-spam-status"),
-        mail.first("x-mailgun-sflag")))), "the provider takes it for spam"),
+    ("human", lambda mail: any(map(is_spam, [*mail.verdicts, *map(mail.first, (
+        "x-spam-flag", "x-spam-status", "x-mailgun-sflag"))])),
+     "the provider takes it for spam"),
     ("human", lambda mail: re.search(
         r"\bdmarc\s*=\s*fail", mail.first("authentication-results"), re.I),
      "From may be forged, DMARC failed (RFC 8601 5)"),
     ("human", lambda mail: True, ""))
 
 
-def classify(message: Message, own_addresses: list[str],
-             trusted: str) -> tuple[str, str, str]:
-    """Return (kind, reason, why it is not to be confirmed or ""), the latter two in words.
-
-    `trusted` are the account's forwarders, addresses between commas.
-    """
+def classify(message: Message, post: Post) -> tuple[str, str, str]:
+    """Return (kind, reason, why it is not to be confirmed or ""), the latter two in words."""
     mail = Evidence(message)
-    take_off_stamps(mail, own_addresses, trusted)
+    take_off_stamps(mail, post)
     kind, _, reason = next(sign for sign in SIGNS if sign[1](mail))
     if kind == "human":
         return kind, "no sign of automatic mail", reason
@@ -1862,20 +1825,20 @@ def classify(message: Message, own_addresses: list[str],
 LIST_STAMPS = dict.fromkeys(f"{LIST_HEADERS} {BULK_HEADERS}".split(), "") | {
     "precedence": "list", "x-precedence": "list"}
 FORWARDER_STAMPS = LIST_STAMPS | {
-    "x-ms-exchange-inbox-rules-loop": "",
-    "x-ms-exchange-generated-message-source": "",
-    "auto-submitted": "auto-generated"}
+    "x-ms-exchange-inbox-rules-loop": "", "auto-submitted": "auto-generated",
+    "x-ms-exchange-generated-message-source": ""}
 FORWARDER_MARKS = (
     "x-ms-exchange-inbox-rules-loop", "resent-from", "x-forwarded-for", "x-forwarded-to")
 
 
-def take_off_stamps(mail: Evidence, own_addresses: list[str], trusted: str) -> None:
+def take_off_stamps(mail: Evidence, post: Post) -> None:
     """Take off what our own groups and trusted forwarders stamped on a person's mail.
 
     Through them every customer's mail has a List-Id or an Auto-Submitted.
     """
+    trusted = post.account["trusted_forwarders"] or ""      # addresses between commas
     forwarders = set(re.findall(r"[^\s,]+", trusted.lower()))
-    ours = forwarders.union(map(str.lower, own_addresses))
+    ours = forwarders.union(map(str.lower, post.own_addresses))
     ours |= {address.replace("@", ".") for address in ours}     # <help.example.org>
     if mail.envelope_from in forwarders or names_one_of(mail, FORWARDER_MARKS, forwarders):
         stamps = FORWARDER_STAMPS
@@ -1886,18 +1849,16 @@ def take_off_stamps(mail: Evidence, own_addresses: list[str], trusted: str) -> N
     if not is_daemon(mail.sender):
         mail.sender = ""
     for name, word in stamps.items():
-        values = mail.headers.pop(name, [])
-        left = [value for value in values if word and keyword(value) != word]
-        if left:
-            mail.headers[name] = left
+        mail.headers[name] = [value for value in mail.headers.get(name, ())
+                              if word and keyword(value) != word]
 
 
 def names_one_of(mail: Evidence, names: Iterable[str], addresses: set[str]) -> bool:
     """Whether an address stands in one of the headers, in <brackets> where it has any."""
     for name in names:
-        for value in mail.headers.get(name, ()):
-            words = re.findall("<(?:mailto:)?([^<>]*)>", value.lower())
-            if not addresses.isdisjoint(words or re.split(r"[\s;,]+", value.lower())):
+        for value in map(str.lower, mail.headers.get(name, ())):
+            words = re.findall("<(?:mailto:)?([^<>]*)>", value) or re.split(r"[\s;,]+", value)
+            if not addresses.isdisjoint(words):
                 return True
     return False
 
@@ -1913,20 +1874,20 @@ def local_part(address: str) -> str:
 # In brackets of any width or none, and folded by mail programs between the halves.
 SUBJECT_TAG = re.compile(
     r"(?<![\w-])(T-)\s?([0-9A-Z]{4}-)\s?([0-9A-Z]{4})(?![\w-])", re.I | re.A)
-RETURNED_ID = re.compile(
-    r"^[> \t]*(?:x-)?(?:original-)?message-id:\s*(<[^<>\s]+>)", re.I | re.M)
+# What a report sends back, in its parts or (a provider's JSON) in its text.
+returned_ids = re.compile(
+    r"^[> \t]*(?:x-)?(?:original-)?message-id:\s*(<[^<>\s]+>)", re.I | re.M).findall
 PLACES = ("In-Reply-To", "References", "Exchange's parent id", "the returned message")
 # The first id that we know; of its messages the one as written, then of its own requester,
 # then the liveliest. Servers change an id's case and lose a trailing dot, hence the second
 # spelling. CROSS JOIN: an index look-up for each id, never a scan.
 THREAD = """
-    SELECT ticket.*, place.key AS place
-    FROM json_each(?) AS place CROSS JOIN json_each(place.value) AS named CROSS JOIN message
+    SELECT ticket.*, place.key AS place FROM json_each(?) AS place
+    CROSS JOIN json_each(place.value) AS named CROSS JOIN message
     ON message.email_account = ? AND message_id COLLATE NOCASE
         IN (named.value, rtrim(rtrim(named.value, '>'), '.') || '>')
-    JOIN ticket ON ticket.id = message.ticket
-    ORDER BY place.key, named.key, message_id = named.value DESC, requester = ? DESC,
-        updated_at DESC LIMIT 1"""
+    JOIN ticket ON ticket.id = message.ticket ORDER BY place.key, named.key,
+        message_id = named.value DESC, requester = ? DESC, updated_at DESC LIMIT 1"""
 
 
 def thread(db: DB, account: Row, message: Message, kind: str) -> tuple[Row | None, str]:
@@ -1935,7 +1896,7 @@ def thread(db: DB, account: Row, message: Message, kind: str) -> tuple[Row | Non
     # RFC 3464 2, RFC 8098 3.2.5: reports and receipts carry the mail that came back.
     exchange = header_values(message.headers, "x-ms-exchange-parent-message-id")
     ids = [message.in_reply_to, message.references[::-1], ids_of(exchange),
-           returned_ids(message) if kind in ("bounce", "auto-reply") else []]
+           returned_ids(report_of(message))[:20] if kind in ("bounce", "auto-reply") else []]
     ticket = any(ids) and db.execute(THREAD, [
         ids, account["id"], message.from_address]).fetchone()
     if ticket:
@@ -1947,11 +1908,6 @@ def thread(db: DB, account: Row, message: Message, kind: str) -> tuple[Row | Non
         if ticket and mailbox_key(ticket["requester"]) == mailbox_key(message.from_address):
             return ticket, "the requester wrote it with this ticket's tag in the subject"
     return None, "no id of a known message, so a new ticket"
-
-
-def returned_ids(message: Message) -> list[str]:
-    """Message-ids of what a report sends back: in its parts or (a provider's JSON) text."""
-    return RETURNED_ID.findall(report_of(message))[:20]
 
 
 def report_of(message: Message) -> str:
@@ -2125,15 +2081,14 @@ class Store:
 
     def _begin(self) -> DB:
         """The writer in a transaction. Nobody waits for a lock that was there just now."""
-        is_new = self._writer is None
         if self._writer is None:
             self.open()
             self._writer = self._connect()
+            self._files = {}
         wait = BUSY_TIMEOUT if time.monotonic() > self._locked_until else 0
         self._writer.execute(f"PRAGMA busy_timeout = {1000 * wait:.0f}")
         self._writer.execute("BEGIN IMMEDIATE")
-        if is_new:
-            self._files = files_at(self.path)
+        self._files = self._files or files_at(self.path)
         return self._writer
 
     def _refuse_if_replaced(self) -> None:
@@ -2190,33 +2145,29 @@ def migrate(db: DB, path: str) -> bool:
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA foreign_keys = OFF")
     db.execute("BEGIN IMMEDIATE")       # two processes may start at once
-    first = version = version_of(db, path)
-    while version != SCHEMA_VERSION:
+    first = version_of(db, path)
+    while (version := version_of(db, path)) != SCHEMA_VERSION:
         MIGRATIONS[version](db)
-        version = version_of(db, path)
     db.execute("COMMIT")
     return first == 0
 
 
 def version_of(db: DB, path: str) -> int:
     """The version of a file, 0 when it is empty; Refused when no step leads on from it."""
-    found = db.execute(WHOSE_FILE, [APPLICATION_ID]).fetchone()
-    version: int = found["version"]
-    if not found["is_ours"]:
-        raise Refused(503, f"{path!r} is the database of another program")
-    if version > SCHEMA_VERSION:
-        raise Refused(
-            503, f"{path!r} has the newer schema version {version}: update inbound")
-    if version < 0:
-        raise Refused(503, f"{path!r} comes from no released version of inbound")
-    return version
+    found = db.execute(WHOSE_FILE, [APPLICATION_ID, SCHEMA_VERSION]).fetchone()
+    if found["fault"]:
+        raise Refused(503, f"{path!r} {found['fault']}")
+    return int(found["version"])
 
 
 # Of what calls itself version 1 only the released one has this view.
 WHOSE_FILE = """
-    SELECT NOT size OR application_id = ? AS is_ours,
-        CASE WHEN NOT size THEN 0 WHEN user_version > 1 OR view THEN user_version
-            ELSE -1 END AS version
+    SELECT iif(size, user_version, 0) AS version, CASE WHEN NOT size THEN ''
+        WHEN application_id <> ? THEN 'is the database of another program'
+        WHEN user_version > ?
+            THEN 'has the newer schema version ' || user_version || ': update inbound'
+        WHEN user_version < 1 OR user_version = 1 AND NOT view
+            THEN 'comes from no released version of inbound' ELSE '' END AS fault
     FROM pragma_application_id, pragma_user_version,
         (SELECT count(*) AS size, sum(name = 'valid_secret') AS view FROM sqlite_schema)"""
 
@@ -2243,90 +2194,64 @@ def from_version_1(db: DB) -> None:
     what stands in the file is what schema.sql says. An admin's own signs mean nothing any
     more; they are kept to be read.
     """
-    parts = db.execute("""SELECT name, type FROM sqlite_schema
-        WHERE type <> 'table' AND sql IS NOT NULL""").fetchall()
-    for part in parts:      # a view's triggers go with it
+    providers = db.execute(PROVIDERS_OF_VERSION_1).fetchall()
+    for part in db.execute("""SELECT name, type FROM sqlite_schema
+            WHERE type <> 'table' AND sql IS NOT NULL""").fetchall():
+        # A view's triggers go with it.
         db.execute('DROP {type} IF EXISTS "{name}"'.format(**part))
     run_script(db, OUT_OF_VERSION_1)
+    for table in CARRIED:
+        db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
     run_script(db, SCHEMA)
-    run_script(db, INTO_VERSION_2)
-    for row in db.execute("SELECT * FROM old_provider").fetchall():
+    # What a new file begins with goes; its `Automatic` is replaced.
+    db.execute("DELETE FROM email_account")
+    db.execute("DELETE FROM queue WHERE name <> 'Automatic'")
+    for table in CARRIED:
+        old = db.execute(f"PRAGMA table_info(old_{table})").fetchall()
+        columns = ", ".join(f'"{column["name"]}"' for column in old)
+        db.execute(f"""INSERT OR REPLACE INTO {table} ({columns})
+            SELECT {columns} FROM old_{table}""")
+        db.execute(f"DROP TABLE old_{table}")
+    for row in providers:
         pairs = [word.partition("=") for word in row["fields"].split()]
         fields = {name: path or name for name, _, path in pairs}
         insert(db, "provider", name=row["name"], fields=json.dumps(fields))
-    db.execute("DROP TABLE old_provider")
     if not db.execute("SELECT 1 FROM sign_of_version_1").fetchone():
         db.execute("DROP TABLE sign_of_version_1")
 
 
+CARRIED = ("queue", "email_account", "ticket", "message", "attachment", "outbox", "rejected")
+# Of providers the first 21 were the program's own, of signs 42. Two may bear one name.
+PROVIDERS_OF_VERSION_1 = """
+    SELECT name || iif(count(*) OVER (PARTITION BY name) > 1, ' ' || id, '') AS name, fields
+    FROM provider WHERE id > 21 AND fields IS NOT NULL"""
 OUT_OF_VERSION_1 = """
     PRAGMA legacy_alter_table = ON;     -- references keep their tables' names
-    ALTER TABLE queue RENAME TO old_queue;
-    ALTER TABLE email_account RENAME TO old_email_account;
-    ALTER TABLE ticket RENAME TO old_ticket;
-    ALTER TABLE message RENAME TO old_message;
-    ALTER TABLE attachment RENAME TO old_attachment;
-    ALTER TABLE outbox RENAME TO old_outbox;
-    ALTER TABLE rejected RENAME TO old_rejected;
-    -- Of providers the first 21 were the program's own, of signs 42. Two may bear one name.
-    CREATE TABLE old_provider AS
-        SELECT name || iif(count(*) OVER (PARTITION BY name) > 1, ' ' || id, '') AS name,
-            fields FROM provider WHERE id > 21 AND fields IS NOT NULL;
     CREATE TABLE sign_of_version_1 AS SELECT * FROM sign WHERE id > 42;
     DROP TABLE provider;
     DROP TABLE sign;
     DROP TABLE command;
-    """
-INTO_VERSION_2 = """
-    DELETE FROM email_account;
-    DELETE FROM queue WHERE name <> 'Automatic';
-    INSERT OR REPLACE INTO queue
-    SELECT id, iif(trim(name) = '', 'Queue ' || id, name), is_default FROM old_queue;
-    INSERT INTO email_account (id, address, display_name, queue, is_default, inbound_secret,
-        previous_secret, previous_secret_until, validation_key, smtp_host, smtp_port,
-        smtp_security, smtp_username, smtp_password, confirmation_envelope_from, template,
-        confirmations_per_address_hour, confirmations_per_address_day,
-        confirmations_per_hour, trusted_forwarders)
-    SELECT id, address, display_name, queue, is_default, inbound_secret,
-        previous_secret, previous_secret_until, validation_key, smtp_host, smtp_port,
-        smtp_security, smtp_username, smtp_password, confirmation_envelope_from,
-        template || iif(instr(template, '{reference}'), '', '{reference}' || char(10)),
-        confirmations_per_address_hour, confirmations_per_address_day,
-        confirmations_per_hour,
-        iif(trusted_forwarders LIKE '_%@_%', trusted_forwarders, NULL)
-    FROM old_email_account;
-    INSERT INTO ticket SELECT * FROM old_ticket;
-    INSERT INTO message SELECT * FROM old_message;
-    INSERT INTO attachment SELECT * FROM old_attachment;
-    INSERT INTO outbox (id, message, email_account, purpose, recipient, mailbox, content,
-        state, attempts, created_at, next_attempt_at, give_up_at, last_error)
-    SELECT id, message, email_account, purpose, recipient, mailbox, content,
-        state, attempts, created_at, next_attempt_at, give_up_at, last_error
-    FROM old_outbox;
-    INSERT INTO rejected SELECT * FROM old_rejected;
-    DROP TABLE old_queue;
-    DROP TABLE old_email_account;
-    DROP TABLE old_ticket;
-    DROP TABLE old_message;
-    DROP TABLE old_attachment;
-    DROP TABLE old_outbox;
-    DROP TABLE old_rejected;
+    -- What version 2 takes no more.
+    UPDATE queue SET name = 'Queue ' || id WHERE trim(name) = '';
+    UPDATE email_account SET
+        template = template || iif(instr(template, '{reference}'), '',
+            '{reference}' || char(10)),
+        trusted_forwarders = iif(trusted_forwarders LIKE '_%@_%', trusted_forwarders, NULL);
     """
 MIGRATIONS = {0: new_file, 1: from_version_1}   # version → what makes a later one of it
 
 
 def new_secret() -> str:
     """A random secret. None begins with a hyphen: command lines take that for an option."""
-    return secrets.choice("abcdefghijklmnopqrstuvwxyz") + secrets.token_urlsafe(24)
+    return "s" + secrets.token_urlsafe(24)
 
 
 # -----------------------------------------------------------------------------------------
 # File: what happens to one message inside the transaction, and what is kept of a post that
 # became none.
 
-def file_post(db: DB, now: int, post: Post, filings: list[Filing | str],
-              kept: Post) -> list[Row]:
-    """Store each member of a post; if one was not understood the post is `kept`, once."""
+def file_post(db: DB, now: int, post: Post, filings: list[Filing | str]) -> list[Row]:
+    """Store each member of a post; one that was not understood has it kept, once."""
     answers: list[Row] = []
     faults: list[str] = []
     for filing in filings:
@@ -2338,21 +2263,20 @@ def file_post(db: DB, now: int, post: Post, filings: list[Filing | str],
         except Exception as error:
             if type(error) in TROUBLE:
                 raise
-            fault, kept = fault_of(error, post, "filing"), safe(post)
+            fault = fault_of(error, post, "filing")
         faults.append(fault)
         answers.append({
             "status": "quarantined", "ticket": None, "message": None, "kind": None,
             "confirmation": None, "reason": f"kept: {fault}"})
     if faults:
-        keep(db, now, kept, 200, "; ".join(dict.fromkeys(faults))[:2000])
+        keep(db, now, safe(post), 200, "; ".join(dict.fromkeys(faults))[:2000])
     return answers
 
 
 KNOWN = """
     SELECT ticket.*, message.id AS message, direction, digest, kind
-    FROM message JOIN ticket ON ticket.id = message.ticket
-    WHERE message.email_account = ? AND message_id = ?
-    ORDER BY digest = ? DESC, direction DESC LIMIT 1"""
+    FROM message JOIN ticket ON ticket.id = message.ticket WHERE message.email_account = ?
+        AND message_id = ? ORDER BY digest = ? DESC, direction DESC LIMIT 1"""
 
 
 def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
@@ -2374,9 +2298,9 @@ def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
         message.notes.append(found)
     else:
         ticket, found = thread(db, account, message, kind)
-    status, confirmation, draft = "appended", "not due", None
-    due = "no confirmation: it opened no ticket"
+    draft, due = None, "no confirmation: it opened no ticket"
     if ticket:
+        status, confirmation = "appended", "not due"
         touch_ticket(db, now, ticket, message, kind)
     else:
         ticket, status = open_ticket(db, now, account, message, kind), "created"
@@ -2406,8 +2330,7 @@ NEW_TICKET = """
         created_at, updated_at)
     VALUES (:reference, iif(:kind IN ('auto-reply', 'bounce'),
             (SELECT id FROM queue WHERE name = 'Automatic'), :queue), :id, :subject,
-        :from_address, :from_name, :now, :now)
-    RETURNING *"""
+        :from_address, :from_name, :now, :now) RETURNING *"""
 
 
 def touch_ticket(db: DB, now: int, ticket: Row, message: Message, kind: str) -> None:
@@ -2421,8 +2344,7 @@ def touch_ticket(db: DB, now: int, ticket: Row, message: Message, kind: str) -> 
         WHERE message.ticket = ? AND outbox.mailbox = ?""",
         [ticket["id"], mailbox]).fetchone()
     if not is_party and kind not in ("bounce", "auto-reply"):
-        message.notes.append(
-            f"written by a stranger to this ticket: {message.from_address}")
+        message.notes.append(f"written by a stranger to this ticket: {message.from_address}")
     db.execute(
         "UPDATE ticket SET updated_at = ?, status = iif(?, 'open', status) WHERE id = ?",
         [now, kind == "human" and bool(is_party), ticket["id"]])
@@ -2434,7 +2356,8 @@ def insert_message(db: DB, now: int, ticket: Row, message: Message, reason: str,
     row = db.execute(NEW_MESSAGE, ticket | vars(message) | {
         "now": now, "reason": reason, "kind": kind, "confirmation": confirmation}).lastrowid
     for item in message.attachments:
-        db.execute(NEW_ATTACHMENT, vars(item) | {"message": row, "sha256": item.sha256})
+        columns = vars(item) | {"sha256": item.sha256}
+        insert(db, "attachment", message=row, size=len(item.content or b""), **columns)
     return row or 0
 
 
@@ -2446,11 +2369,6 @@ NEW_MESSAGE = """
         (SELECT group_concat(value, ' ') FROM json_each(:in_reply_to)),
         :references, :from_address, :from_name, :envelope_from, :to, :cc, :subject, :text,
         :html, :headers, :kind, :reason, :confirmation, :notes, :now)"""
-NEW_ATTACHMENT = """
-    INSERT INTO attachment (message, filename, content_type, content_id, size, sha256,
-        content, note)
-    VALUES (:message, :filename, :content_type, :content_id, ifnull(length(:content), 0),
-        :sha256, :content, :note)"""
 
 
 def insert(db: DB, table: str, **row: Any) -> None:
@@ -2476,14 +2394,11 @@ def fail_bounced(db: DB, account: Row, message: Message) -> None:
     codes = re.findall(         # RFC 3463
         r"(?<![\d.])(?:[245]\.\d{1,3}\.\d{1,3}|55\d)(?![\d.])", report)
     actions = re.findall(r"^(?:action|feedback-type):\s*(\w+)", report.lower(), re.M)
-    if actions:
-        is_final = not NOT_FINAL.issuperset(actions)
-    else:
-        is_final = {code[0] for code in codes} != {"4"} or not DELAYED.search(
-            message.subject + report)
-    if not is_final:
+    is_delayed = {code[0] for code in codes} == {"4"} and DELAYED.search(
+        message.subject + report)
+    if NOT_FINAL.issuperset(actions) if actions else is_delayed:
         return
-    ids = [*returned_ids(message), *message.in_reply_to, *message.references]
+    ids = [*returned_ids(report)[:20], *message.in_reply_to, *message.references]
     code = next((code for code in codes if code[0] == "5"), "no code")
     db.execute("""UPDATE outbox SET state = 'failed', last_error = ? WHERE state = 'sent'
         AND message IN (SELECT id FROM message WHERE email_account = ? AND direction = 'out'
@@ -2508,12 +2423,10 @@ def safe(post: Post) -> Post:
 
 def keep(db: DB, now: int, post: Post, status: int, reason: str) -> None:
     """Keep a safe post that became no message; the same body again updates its row."""
-    db.execute("""INSERT INTO rejected
-            (received_at, email_account, status, reason, content_type, body, body_sha256)
-        VALUES (?, ?, ?, ?, ?, ?, ?)
-        ON CONFLICT (email_account, body_sha256) DO UPDATE SET tries = tries + 1,
-            received_at = excluded.received_at, status = excluded.status,
-            reason = excluded.reason""", [
+    db.execute("""INSERT INTO rejected (received_at, email_account, status, reason,
+            content_type, body, body_sha256) VALUES (?, ?, ?, ?, ?, ?, ?)
+        ON CONFLICT DO UPDATE SET tries = tries + 1, received_at = excluded.received_at,
+            status = excluded.status, reason = excluded.reason""", [
         post.received_at or now, post.account["id"], status, clean(reason),
         post.content_type, post.body, hashlib.sha256(post.body).hexdigest()])
 
