@@ -2417,7 +2417,7 @@ def fail_bounced(db: DB, account: Row, message: Message) -> None:
     """
     report = report_of(message)
     codes = re.findall(         # RFC 3463
-        r"(?<![\d.])(?:[245]\.\d{1,3}\.\d{1,3}|55\d)(?![\d.])", report)
+        r"(?<![\w.])(?:[245]\.\d{1,3}\.\d{1,3}|55\d)(?![\w.])", report)
     actions = re.findall(r"^(?:action|feedback-type):\s*(\w+)", report.lower(), re.M)
     if actions:
         is_final = not NOT_FINAL.issuperset(actions)
