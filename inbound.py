@@ -2483,8 +2483,7 @@ DELIVERABLE = re.compile(
     rf"@(?:{LABEL}\.)+(?![0-9]){LABEL}")
 # An id that may stand in a header of ours: printable ASCII but < and >, no encoded-word,
 # and not made up by us for a mail without one.
-OWN_ID = re.compile(
-    rf"(?!.*=\?)<[!-;=?-~]{{1,{MAX_OWN_ID - 2}}}(?<!@missing\.invalid)>")
+OWN_ID = re.compile(rf"(?!.*=\?)<[!-;=?-~]{{1,{MAX_OWN_ID - 2}}}(?<!@missing\.invalid)>")
 # (column of email_account, seconds, column of outbox that is counted by)
 CAPS = (
     ("confirmations_per_address_hour", 3600, "mailbox"),
@@ -2492,37 +2491,33 @@ CAPS = (
     ("confirmations_per_domain_hour", 3600, "domain"),
     ("confirmations_per_hour", 3600, "email_account"))
 # Where so many people have their mailboxes that a domain says nothing.
-LARGE_PROVIDERS = frozenset(re.findall(
-    r"\S+",
-    "126.com 163.com aol.com att.net bluewin.ch btinternet.com comcast.net daum.net "
-    "fastmail.com free.fr freenet.de gmail.com gmx.at gmx.ch gmx.de gmx.net googlemail.com "
-    "hanmail.net hotmail.com icloud.com laposte.net libero.it live.com mac.com mail.com "
-    "mail.ru me.com msn.com naver.com orange.fr outlook.com proton.me protonmail.com "
-    "qq.com rediffmail.com sbcglobal.net seznam.cz t-online.de verizon.net web.de wp.pl "
-    "yahoo.co.jp yahoo.com yandex.ru ymail.com zoho.com"))
+LARGE_PROVIDERS = frozenset(re.findall(r"\S+", """
+    126.com 163.com aol.com att.net bluewin.ch btinternet.com comcast.net daum.net
+    fastmail.com free.fr freenet.de gmail.com gmx.at gmx.ch gmx.de gmx.net googlemail.com
+    hanmail.net hotmail.com icloud.com laposte.net libero.it live.com mac.com mail.com
+    mail.ru me.com msn.com naver.com orange.fr outlook.com proton.me protonmail.com qq.com
+    rediffmail.com sbcglobal.net seznam.cz t-online.de verizon.net web.de wp.pl
+    yahoo.co.jp yahoo.com yandex.ru ymail.com zoho.com"""))
 # RFC 3834 3.1.7: auto-replied. Precedence: vacation(1) and Dovecot look for it.
-AUTOMATIC = {
-    "Auto-Submitted": "auto-replied",
-    "X-Auto-Response-Suppress": "All",
-    "Precedence": "bulk"}
+AUTOMATIC = {"Auto-Submitted": "auto-replied", "X-Auto-Response-Suppress": "All",
+             "Precedence": "bulk"}
 
 
 def confirm(db: DB, now: int, post: Post, ticket: Row, message: Message,
             withheld: str) -> tuple[Draft | None, str]:
     """Return (draft, reason) of a new ticket's confirmation; no draft if a rule forbids."""
     withheld = withheld or reason_to_withhold(db, now, post, message)
-    if withheld:
-        return None, f"confirmation withheld: {withheld}"
     reference = ticket["reference"]
     try:
-        draft = draft_mail(
-            post.account, now, message.from_address, AUTOMATIC,
-            subject=f"[{reference}] We received your message",
-            text=post.account["template"].replace("{reference}", reference),
-            ancestors=[*message.references, message.message_id])
+        if not withheld:
+            return draft_mail(
+                post.account, now, message.from_address, AUTOMATIC,
+                subject=f"[{reference}] We received your message",
+                text=post.account["template"].replace("{reference}", reference),
+                ancestors=[*message.references, message.message_id]), "confirmation queued"
     except Refused as refusal:
-        return None, f"confirmation withheld: {refusal.reason}"
-    return draft, "confirmation queued"
+        withheld = refusal.reason
+    return None, f"confirmation withheld: {withheld}"
 
 
 def reason_to_withhold(db: DB, now: int, post: Post, message: Message) -> str:
@@ -2533,10 +2528,8 @@ def reason_to_withhold(db: DB, now: int, post: Post, message: Message) -> str:
         return "the mail comes from our own address"
     if message.from_count > 1 or not recipient:
         return "From is not one address that we write to (RFC 3834 3.1.3)"
-    counted = {
-        "mailbox": mailbox,
-        "domain": domain_key(mailbox),
-        "email_account": post.account["id"]}
+    counted = {"mailbox": mailbox, "domain": domain_key(mailbox),
+               "email_account": post.account["id"]}
     for cap, seconds, column in CAPS:
         # Until now: what a clock that was wrong dated into the future does not count.
         sent = db.execute(f"""SELECT count(*) AS n FROM outbox WHERE {column} = ?
@@ -2562,21 +2555,18 @@ def deliverable(address: str) -> str:
     need SMTPUTF8) or encoded words (mail programs would decode them).
     """
     local, _, domain = address.rpartition("@")
-    if not domain.isascii():
-        try:
+    if not domain.isascii():        # and stays so where this fails
+        with contextlib.suppress(UnicodeError):
             wire = domain.lower()[:254].encode("idna")
-            # The codec is IDNA 2003: what it maps to another name (ß to ss) may be
-            # another's.
-            is_same = wire.decode("idna") == domain.lower()
-        except UnicodeError:
-            return ""
-        address = f"{local}@{wire.decode()}" if is_same else ""
+            # The codec is IDNA 2003: what it maps to another name (ß to ss) may be another's.
+            if wire.decode("idna") == domain.lower():
+                address = f"{local}@{wire.decode()}"
     return address if DELIVERABLE.fullmatch(address) else ""
 
 
 def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, subject: str,
                text: str, ancestors: list[str]) -> Draft:
-    """A text/plain mail of ours; Refused when it cannot be written safely.
+    """A text/plain mail of ours; Refused unless these headers and clean lines result.
 
     `ancestors` are the ids for References, the parent's last.
     """
@@ -2593,24 +2583,23 @@ def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, s
     mail = email.message.EmailMessage(Verbatim(linesep="\r\n"))
     for header, value in {
             "From": email.utils.formataddr((name, ours)), "To": recipient,
-            "Subject": subject,
-            "Date": email.utils.formatdate(now),
+            "Subject": subject, "Date": email.utils.formatdate(now),
             # 128 random bits; the message row, not the id, says which ticket.
             "Message-ID": f"<{secrets.token_hex(16)}@{ours.rpartition('@')[2].lower()}>",
-            "In-Reply-To": "".join(parents),
-            "References": " ".join(known),
-            **extra}.items():
+            "In-Reply-To": "".join(parents), "References": " ".join(known), **extra}.items():
         if value:
             mail[header] = value
     mail.set_content(text, cte="quoted-printable",
                      content_manager=email.contentmanager.raw_data_manager)
-    confirmation_from = account["confirmation_envelope_from"] or ""
+    content = mail.as_bytes()
+    if (email.message_from_bytes(content).keys() != mail.keys()
+            or re.search(rb"[\0\x80-\xff]|[^\r]\n|\r[^\n]|[^\r\n]{999}", content)):
+        raise Refused(400, "the mail cannot be written safely")
     return Message(
         message_id=mail["Message-ID"], digest="", in_reply_to=parents, references=known,
-        from_address=ours, from_name=name,
-        envelope_from=confirmation_from if extra else ours,
-        to=[recipient], cc=[], subject=subject, text=text, html=None,
-        headers=[[*pair] for pair in mail.items()]), safe_bytes(mail)
+        from_address=ours, from_name=name, to=[recipient], cc=[], subject=subject, text=text,
+        envelope_from=(account["confirmation_envelope_from"] or "") if extra else ours,
+        html=None, headers=[[*pair] for pair in mail.items()]), content
 
 
 class Verbatim(email.policy.Compat32):
@@ -2626,13 +2615,6 @@ class Verbatim(email.policy.Compat32):
         return f"{name}: {value}\r\n".replace("> <", ">\r\n <").encode()
 
 
-def safe_bytes(mail: email.message.EmailMessage) -> bytes:
-    """A mail of ours in bytes; Refused unless these headers and clean lines result."""
-    content = mail.as_bytes()
-    if (email.message_from_bytes(content).keys() != mail.keys()
-            or re.search(rb"[\0\x80-\xff]|[^\r]\n|\r[^\n]|[^\r\n]{999}", content)):
-        raise Refused(400, "the mail cannot be written safely")
-    return content
 
 
 def send_later(db: DB, now: int, ticket: Row, draft: Draft, purpose: str) -> None:
@@ -2681,10 +2663,7 @@ def settle(db: DB, now: int, row: Row, state: str, error: str) -> None:
 
 def send_due(store: Store) -> Counter[str]:
     """Deliver all that is due; return a Counter of outcomes."""
-    outcomes: Counter[str] = Counter()
-    for account in store.accounts():
-        outcomes += send_for(store, account)
-    return outcomes
+    return sum((send_for(store, account) for account in store.accounts()), Counter[str]())
 
 
 def send_for(store: Store, account: Row) -> Counter[str]:
@@ -2694,8 +2673,8 @@ def send_for(store: Store, account: Row) -> Counter[str]:
         while row := store.write(claim, account):       # nothing due: nothing is written
             state, error = relay.deliver(row)
             outcomes[state] += 1
-            log.info("outbox %d to %s %s: %s", row["id"], row["recipient"], state,
-                     printable(error))
+            log.info("outbox %d to %s %s: %s",
+                     row["id"], row["recipient"], state, printable(error))
             settle_for_sure(store, row, state, error)
             if relay.smtp is None:      # one try at a look, not one a row
                 break
@@ -2759,25 +2738,23 @@ class Relay:
 
     def connect(self) -> None:
         """Open the session that the account asks for. Certificates are verified."""
-        host, port, security, username, password = (
-            self.account[f"smtp_{name}"]
-            for name in ("host", "port", "security", "username", "password"))
-        context = ssl.create_default_context()
+        account, context = self.account, ssl.create_default_context()
+        host, security = account["smtp_host"], account["smtp_security"]
         # The name is for EHLO: smtplib would ask DNS for one, which may take longer than
         # the delivery. Made before it connects: the watchdog finds the socket in it.
         self.smtp = (TerseSMTPS if security == "tls" else TerseSMTP)(
-            local_hostname=self.account["address"].rpartition("@")[2], timeout=DELIVERY)
+            local_hostname=account["address"].rpartition("@")[2], timeout=DELIVERY)
         self.smtp.context = context     # `tls` checks the certificate by it …
         self.smtp._host = host          # … and both kinds check it against this name
-        code, words = self.smtp.connect(
-            host, port or {"none": 25, "starttls": 587, "tls": 465}[security])
+        port = account["smtp_port"] or {"none": 25, "starttls": 587, "tls": 465}[security]
+        code, words = self.smtp.connect(host, port)
         if code != 220:
             raise smtplib.SMTPConnectError(code, words)
         self.smtp.ehlo_or_helo_if_needed()
         if security == "starttls":
             self.smtp.starttls(context=context)
-        if username is not None:        # the schema has it that security is not none here
-            self.smtp.login(username, password or "")
+        if account["smtp_username"] is not None:    # the schema forbids it without TLS
+            self.smtp.login(account["smtp_username"], account["smtp_password"] or "")
 
     def abort(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
@@ -2846,9 +2823,8 @@ def run_server(listen: str, store: Store) -> None:
     courier = threading.Thread(target=run_courier, args=(store, stopping), daemon=True)
     try:
         # It listens before it opens: a taken port shall not use up the greeting.
-        text = "listening: {url} (`inbound secret` prints the secret)"
-        if store.open():
-            text = GREETING
+        text = GREETING if store.open() else (
+            "listening: {url} (`inbound secret` prints the secret)")
         courier.start()
         print(text.format(url=f"http://{listen.rpartition(':')[0]}:{port}{ENDPOINT}",
                           id=secrets.token_hex(8),
@@ -2875,10 +2851,9 @@ def run_courier(store: Store, stopping: threading.Event) -> None:
             for account in store.accounts():
                 thread = threads.get(account["id"])
                 if thread is None or not thread.is_alive():
-                    thread = threading.Thread(target=deliver_for, args=(store, account),
-                                              daemon=True)
-                    threads[account["id"]] = thread
-                    thread.start()
+                    threads[account["id"]] = threading.Thread(
+                        target=deliver_for, args=(store, account), daemon=True)
+                    threads[account["id"]].start()
         # SQLite answers "locking protocol" for good after a failed unlock: start anew.
         if store.failing_since and time.monotonic() - store.failing_since > HOPELESS:
             log.critical("nothing could be written for %d s: ending, to be started again",
@@ -2904,16 +2879,14 @@ def write_counts(store: Store) -> None:
         store.write(add_counts, refusals, uses)
 
 
-def add_counts(db: DB, now: int, refusals: list[tuple[int, str]], uses: dict[int, int]) -> None:
-    for at, client in refusals:
-        db.execute("""INSERT INTO refused_caller (client, posts, last_at) VALUES (?, 1, ?)
-            ON CONFLICT (client) DO UPDATE SET posts = posts + 1, last_at = excluded.last_at""", [
-                client[:100], at])
+def add_counts(db: DB, now: int, refusals: list[Any], uses: dict[int, int]) -> None:
+    db.executemany("""INSERT INTO refused_caller (last_at, client, posts)
+        VALUES (?, substr(?, 1, 100), 1) ON CONFLICT (client)
+        DO UPDATE SET posts = posts + 1, last_at = excluded.last_at""", refusals)
     db.execute("""DELETE FROM refused_caller WHERE client NOT IN (
         SELECT client FROM refused_caller ORDER BY last_at DESC LIMIT 1000)""")
-    for account, at in uses.items():
-        db.execute("UPDATE email_account SET previous_secret_used_at = ? WHERE id = ?", [
-            at, account])
+    db.executemany("UPDATE email_account SET previous_secret_used_at = ? WHERE id = ?",
+                   [(at, account) for account, at in uses.items()])
 
 
 # -----------------------------------------------------------------------------------------
