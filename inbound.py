@@ -2558,7 +2558,7 @@ def deliverable(address: str) -> str:
     if not domain.isascii():        # and stays so where this fails
         with contextlib.suppress(UnicodeError):
             wire = domain.lower()[:254].encode("idna")
-            # The codec is IDNA 2003: what it maps to another name (ß to ss) may be another's.
+            # The codec is IDNA 2003: what it maps to another name (ß to ss) may be others'.
             if wire.decode("idna") == domain.lower():
                 address = f"{local}@{wire.decode()}"
     return address if DELIVERABLE.fullmatch(address) else ""
@@ -2586,7 +2586,8 @@ def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, s
             "Subject": subject, "Date": email.utils.formatdate(now),
             # 128 random bits; the message row, not the id, says which ticket.
             "Message-ID": f"<{secrets.token_hex(16)}@{ours.rpartition('@')[2].lower()}>",
-            "In-Reply-To": "".join(parents), "References": " ".join(known), **extra}.items():
+            "In-Reply-To": "".join(parents), "References": " ".join(known),
+            **extra}.items():
         if value:
             mail[header] = value
     mail.set_content(text, cte="quoted-printable",
@@ -2597,9 +2598,9 @@ def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, s
         raise Refused(400, "the mail cannot be written safely")
     return Message(
         message_id=mail["Message-ID"], digest="", in_reply_to=parents, references=known,
-        from_address=ours, from_name=name, to=[recipient], cc=[], subject=subject, text=text,
+        from_address=ours, from_name=name, to=[recipient], cc=[], subject=subject,
         envelope_from=(account["confirmation_envelope_from"] or "") if extra else ours,
-        html=None, headers=[[*pair] for pair in mail.items()]), content
+        text=text, html=None, headers=[[*pair] for pair in mail.items()]), content
 
 
 class Verbatim(email.policy.Compat32):
@@ -2951,12 +2952,12 @@ def secret_rotate(store: Store, *, keep: str = "24h", account: str = "") -> Any:
 
 
 def change_account(store: Store, account: str, values: Row) -> None:
-    columns = ", ".join(f"{name} = ?" for name in values)
-    store.write(run_one, f"UPDATE email_account SET {columns} WHERE id = ?",
-                *values.values(), chosen_account(store, account)["id"])
+    columns = ", ".join(f"{name} = :{name}" for name in values)
+    store.write(run_one, f"UPDATE email_account SET {columns} WHERE id = :id",
+                values | {"id": chosen_account(store, account)["id"]})
 
 
-def run_one(db: DB, now: int, statement: str, *parameters: Any) -> list[Row]:
+def run_one(db: DB, now: int, statement: str, parameters: Any) -> list[Row]:
     """The rows that one statement returns, as work for the writer."""
     return db.execute(statement, parameters).fetchall()
 
@@ -2964,10 +2965,9 @@ def run_one(db: DB, now: int, statement: str, *parameters: Any) -> list[Row]:
 def chosen_account(store: Store, address: str) -> Row:
     """The account of --account, else the default one; queue by name, password hidden."""
     return one_of(store.rows("""SELECT email_account.*, queue.name AS queue,
-        iif(smtp_password IS NULL, NULL, '(set)') AS smtp_password
-        FROM email_account JOIN queue ON queue.id = email_account.queue
-        WHERE address = :address OR :address = ''
-        ORDER BY email_account.is_default DESC, email_account.id""", {"address": address}),
+        iif(smtp_password IS NULL, NULL, '(set)') AS smtp_password FROM email_account
+        JOIN queue ON queue.id = email_account.queue WHERE ifnull(address = ?, 1)
+        ORDER BY email_account.is_default DESC, email_account.id""", [address or None]),
         f"account {address!r}: see `inbound account list`")
 
 
@@ -3003,10 +3003,9 @@ def account_add(store: Store, address: str) -> Any:
 
     Add an account, with a secret and so a URL of its own.
     """
-    return store.write(run_one, """INSERT INTO email_account
-        (address, inbound_secret, queue)
-        SELECT ?, ?, id FROM queue ORDER BY is_default DESC, id LIMIT 1
-        RETURNING address, inbound_secret""", address, new_secret())[0]
+    return store.write(run_one, """INSERT INTO email_account (address, inbound_secret,
+        queue) SELECT ?, ?, id FROM queue ORDER BY is_default DESC, id LIMIT 1
+        RETURNING address, inbound_secret""", [address, new_secret()])[0]
 
 
 @verb
@@ -3025,8 +3024,8 @@ def account_set(store: Store, setting: str, *more: str, account: str = "") -> An
         values[name] = value or None
     if "queue" in values:       # a name that is new makes a queue
         values["queue"] = store.write(run_one, """INSERT INTO queue (name) VALUES (?)
-            ON CONFLICT (name) DO UPDATE SET is_default = is_default RETURNING id""",
-            values["queue"] or "")[0]["id"]
+            ON CONFLICT (name) DO UPDATE SET is_default = is_default RETURNING id""", [
+                values["queue"] or ""])[0]["id"]
     change_account(store, account, values)
     changed = account_show(store, account=values.get("address", account))
     return {name: changed[name] for name in values}
@@ -3042,24 +3041,21 @@ def tickets(store: Store, status: str = "open", *, search: str = "", limit: int 
     """
     if status not in ("open", "closed", "all"):
         raise Usage(f"{status!r} is no status")
-    asked = {
-        "status": status, "words": json.dumps(search.split()), "limit": limit,
-        "queue": None, "from": None, "account": None}
-    if account:
-        asked["account"] = chosen_account(store, account)["id"]
-    return store.rows("""SELECT ticket.reference, queue.name AS queue, ticket.status,
-        ticket.subject, ticket.requester,
+    asked = {"status": status, "words": search.split(), "limit": limit, "queue": None,
+             "from": None, "account": account and chosen_account(store, account)["id"]}
+    return store.rows("""SELECT reference, queue.name AS queue, status, subject, requester,
         (SELECT count(*) FROM message WHERE message.ticket = ticket.id) AS messages,
-        ticket.created_at, ticket.updated_at
-        FROM ticket JOIN queue ON queue.id = ticket.queue
-        WHERE :status IN (ticket.status, 'all')
-        AND queue.name = ifnull(:queue, queue.name)
-        AND ticket.requester = ifnull(:from, ticket.requester)
-        AND ticket.email_account = ifnull(:account, ticket.email_account)
+        created_at, updated_at FROM ticket JOIN queue ON queue.id = ticket.queue
+        WHERE :status IN (status, 'all') AND :account IN (email_account, '')
+        AND queue.name = ifnull(:queue, queue.name) AND requester = ifnull(:from, requester)
         AND NOT EXISTS (SELECT 1 FROM json_each(:words) WHERE NOT EXISTS (
             SELECT 1 FROM message WHERE message.ticket = ticket.id
             AND instr(lower(from_address || ' ' || subject || ' ' || text), lower(value))))
-        ORDER BY ticket.updated_at DESC, ticket.id DESC LIMIT :limit""", asked | equal)
+        ORDER BY updated_at DESC, ticket.id DESC LIMIT :limit""", asked | equal)
+
+
+MESSAGE_SHOWN = "\n--- {direction} {received_at} {from_name} <{from}> {kind}\n    {reason}\n"
+ATTACHMENT_SHOWN = "    attachment {id}: {filename} ({content_type}, {size} bytes) {note}\n"
 
 
 @verb
@@ -3080,7 +3076,12 @@ def show(store: Store, reference: str, *, last: int = -1) -> Any:
         message["attachments"] = store.rows("""SELECT id, filename, content_type,
             content_id, size, sha256, note FROM attachment WHERE message = ?
             ORDER BY id""", [message.pop("id")])
-        text += text_of_message(message)
+        text += MESSAGE_SHOWN.format(**readable(message))
+        for note in message["notes"]:
+            text += f"    note: {note}\n"
+        for each in message["attachments"]:
+            text += ATTACHMENT_SHOWN.format(**each)
+        text += f"\n{message['text'].rstrip()}\n"
     names = ("reference", "queue", "status", "subject", "requester")
     return {name: ticket[name] for name in names} | {"messages": messages}, text
 
@@ -3091,15 +3092,6 @@ def ticket_of(store: Store, reference: str) -> Row:
         f"ticket {reference!r}: see `inbound tickets all`")
 
 
-def text_of_message(message: Row) -> str:
-    head = "\n--- {direction} {received_at} {from_name} <{from}> {kind}\n    {reason}\n"
-    line = "    attachment {id}: {filename} ({content_type}, {size} bytes) {note}\n"
-    text = head.format(**readable(message))
-    for note in message["notes"]:
-        text += f"    note: {note}\n"
-    for each in message["attachments"]:
-        text += line.format(**each)
-    return f"{text}\n{message['text'].rstrip()}\n"
 
 
 @verb
@@ -3139,8 +3131,8 @@ def reply(store: Store, reference: str, *, to: str = "") -> Any:
     author, [recipient] = parent["from_address"], draft[0].to
     if mailbox_key(author) != mailbox_key(recipient):
         print(f"inbound: {author} wrote last, this goes to {recipient}", file=sys.stderr)
-    message_id = draft[0].message_id
-    return {"reference": ticket["reference"], "to": recipient, "message_id": message_id}
+    return {"reference": ticket["reference"], "to": recipient,
+            "message_id": draft[0].message_id}
 
 
 @verb
@@ -3164,7 +3156,7 @@ def reopen(store: Store, reference: str) -> Any:
 def set_status(store: Store, reference: str, status: str) -> Row:
     ticket = ticket_of(store, reference)
     return store.write(run_one, """UPDATE ticket SET status = ?, updated_at = ? WHERE id = ?
-        RETURNING reference, status""", status, store.now(), ticket["id"])[0]
+        RETURNING reference, status""", [status, store.now(), ticket["id"]])[0]
 
 
 @verb
@@ -3180,8 +3172,7 @@ def relay(store: Store, url: str, *, sender: str | None = None,
     """
     mail = sys.stdin.buffer.read()
     mail = mail[next(MBOX.finditer(mail)).end():]
-    if sender is None:
-        sender = os.environ.get("SENDER")
+    sender = os.environ.get("SENDER") if sender is None else sender
     if sender is not None:
         mail = os.fsencode(f"Return-Path: <{sender.strip('<>')}>\r\n") + mail
     try:
@@ -3254,18 +3245,14 @@ def outbox_retry(store: Store, which: str) -> Any:
 
     Make a mail due now, or all that failed.
     """
-    rows = store.write(retry, which)
+    rows = store.write(run_one, """UPDATE outbox SET state = 'queued',
+        next_attempt_at = :now, give_up_at = :now + :wait
+        WHERE iif(:which = 'all', state = 'failed', id = :which)
+        AND (state IN ('queued', 'failed') OR state = 'sending' AND next_attempt_at <= :now)
+        RETURNING id, state""", {"now": store.now(), "wait": GIVE_UP, "which": which})
     if not rows and which != "all":
         raise Refused(404, f"mail {which} is {outbox_show(store, which)[0]['state']}")
     return rows or ([], "nothing has failed")
-
-
-def retry(db: DB, now: int, which: str) -> list[Row]:
-    return db.execute("""UPDATE outbox SET state = 'queued', next_attempt_at = :now,
-        give_up_at = :give_up WHERE iif(:which = 'all', state = 'failed', id = :which)
-        AND (state IN ('queued', 'failed') OR state = 'sending' AND next_attempt_at <= :now)
-        RETURNING id, state""", {
-            "now": now, "give_up": now + GIVE_UP, "which": which}).fetchall()
 
 
 @verb
@@ -3274,9 +3261,8 @@ def rejected_list(store: Store, *, limit: int = 500) -> Any:
 
     List posts that could not become a message, the latest last.
     """
-    return store.rows("""SELECT * FROM (
-            SELECT id, received_at, status, reason, content_type, length(body) AS size
-            FROM rejected ORDER BY id DESC LIMIT ?)
+    return store.rows("""SELECT * FROM (SELECT id, received_at, status, reason,
+        content_type, length(body) AS size FROM rejected ORDER BY id DESC LIMIT ?)
         ORDER BY id""", [limit])
 
 
@@ -3291,9 +3277,9 @@ def rejected_show(store: Store, identifier: str) -> Any:
 
 
 def rejected_row(store: Store, identifier: str) -> Row:
-    rows = store.rows(
-        "SELECT *, length(body) AS size FROM rejected WHERE id = ?", [identifier])
-    return one_of(rows, f"rejected post {identifier!r}: see `inbound rejected`")
+    return one_of(store.rows(
+        "SELECT *, length(body) AS size FROM rejected WHERE id = ?", [identifier]),
+        f"rejected post {identifier!r}: see `inbound rejected`")
 
 
 @verb
@@ -3330,8 +3316,8 @@ def rejected_delete(store: Store, identifier: str) -> Any:
     Delete a kept post.
     """
     row = rejected_row(store, identifier)
-    return store.write(run_one, """DELETE FROM rejected WHERE id = ?
-        RETURNING id, reason""", row["id"])[0]
+    return store.write(run_one, "DELETE FROM rejected WHERE id = ? RETURNING id, reason", [
+        row["id"]])[0]
 
 
 @verb
@@ -3342,74 +3328,77 @@ def doctor(store: Store, *, url: str = "") -> Any:
 
     --url posts to the endpoint as providers see it, with no, a wrong and the right secret.
     """
-    checks = [*checks_of(store), *checks_of_url(store, url)]
-    rows = [{"check": name, "is_ok": not fault, "words": fault} for name, fault in checks]
-    lines = [f"FAIL {name}: {fault}" if fault else f"ok   {name}" for name, fault in checks]
+    checks = [*checks_of(store), *(checks_of_url(store, url) if url else ())]
+    rows = [{"check": name, "is_ok": is_ok, "words": "" if is_ok else words}
+            for name, is_ok, words in checks]
+    lines = [f"ok   {name}" if is_ok else f"FAIL {name}: {words}"
+             for name, is_ok, words in checks]
     return rows, "\n".join(lines)
 
 
-def checks_of(store: Store) -> Iterator[tuple[str, str]]:
-    """(what is checked, what is wrong and what to do, or "")."""
+Check = tuple[str, bool, str]       # what is checked, whether it is ok, else what to do
+
+
+def checks_of(store: Store) -> Iterator[Check]:
     _, content, _ = health(store)
-    for fault in [*content.get("reasons", []), *content.get("warnings", [])]:
-        yield "state", fault
+    for words in [*content.get("reasons", []), *content.get("warnings", [])]:
+        yield "state", False, words
     is_mended = sqlite3.sqlite_version_info >= (3, 51, 3)
     fix = "has" if is_mended else "lacks, as all before 3.51.3 but 3.50.7 and 3.44.6,"
-    yield f"SQLite {sqlite3.sqlite_version} {fix} the fix of the WAL-reset bug", ""
-    [found] = store.rows("PRAGMA quick_check(1)")
-    is_whole = found["quick_check"] == "ok"
-    yield "file", "" if is_whole else f"{found['quick_check']}: stop, restore a backup"
+    yield f"SQLite {sqlite3.sqlite_version} {fix} the fix of the WAL-reset bug", True, ""
+    words = store.rows("PRAGMA quick_check(1)")[0]["quick_check"]
+    yield "file", words == "ok", f"{words}: stop, restore a backup"
     newest = store.rows("SELECT ifnull(max(received_at), 0) AS at FROM message")[0]["at"]
-    is_ahead = newest > store.now() + 60
-    yield "clock", "the newest message is of the future: set the clock" if is_ahead else ""
+    yield ("clock", newest <= store.now() + 60,
+           "the newest message is of the future: set the clock")
     path = Path(store.path).resolve()
     for file in sorted(path.parent.glob(path.name + "*")):
-        is_open = file.stat().st_mode & 0o077
-        fault = f"others may read everybody's mail: chmod 600 {file}" if is_open else ""
-        yield f"mode of {file.name}", fault
+        yield (f"mode of {file.name}", not file.stat().st_mode & 0o077,
+               f"others may read everybody's mail: chmod 600 {file}")
     for name, paths in store.own_providers():
         is_sound = {"from", "message_id"} <= paths.keys() <= CANONICAL.keys()
-        fault = "" if is_sound else "expected paths of from, message_id, and fields of a mail"
-        yield f"provider {name}", fault
+        yield (f"provider {name}", is_sound,
+               "expected paths of from, message_id, and fields of a mail")
     for row in store.rows("""SELECT * FROM refused_caller WHERE last_at > ?
             ORDER BY posts DESC LIMIT 5""", [store.now() - REFUSALS_SHOWN]):
-        fault = f"{row['posts']} posts with a wrong secret: if it is yours, give it the right"
-        yield f"caller {row['client']}", fault
+        yield (f"caller {row['client']}", False,
+               f"{row['posts']} posts with a wrong secret: if it is yours, give it the "
+               "right")
     for account in store.accounts():
         yield from checks_of_account(store, account)
 
 
-def checks_of_account(store: Store, account: Row) -> Iterator[tuple[str, str]]:
+def checks_of_account(store: Store, account: Row) -> Iterator[Check]:
     address = account["address"]
-    is_weak = len({*(account["inbound_secret"] or "")}) < 8
-    fault = "unset or easily guessed: run `inbound secret rotate`" if is_weak else ""
-    yield f"secret of {address}", fault
-    if account["previous_secret_used_at"] and account["previous_secret_until"] > store.now():
-        yield f"previous secret of {address}", "still in use: paste the new URL everywhere"
+    yield (f"secret of {address}", len({*(account["inbound_secret"] or "")}) >= 8,
+           "unset or easily guessed: run `inbound secret rotate`")
+    used, until = account["previous_secret_used_at"], account["previous_secret_until"]
+    if used and until > store.now():
+        yield (f"previous secret of {address}", False,
+               "still in use: paste the new URL everywhere")
     if account["smtp_host"]:
-        fault = ""
+        words = ""
         with contextlib.closing(Relay(account)) as session:
             try:
                 session.connect()
             except (OSError, ValueError) as error:      # SMTPException is an OSError
-                fault = f"{printable(str(error))[:200]}: see `inbound account set smtp_…`"
-        yield f"relay of {address}", fault
+                words = f"{printable(str(error))[:200]}: see `inbound account set smtp_…`"
+        yield f"relay of {address}", not words, words
 
 
-def checks_of_url(store: Store, url: str) -> Iterator[tuple[str, str]]:
-    """Whether posts are answered as they should be through whatever proxy stands before us."""
+def checks_of_url(store: Store, url: str) -> Iterator[Check]:
+    """Whether posts are answered as they should be, through whatever proxy is before us."""
     secret = store.accounts()[0]["inbound_secret"] or ""
     for name, body, given, expected in (
-            ("no secret", b"", "", 401),
-            ("a wrong secret", b"", "w" * 32, 401),
+            ("no secret", b"", "", 401), ("a wrong secret", b"", "w" * 32, 401),
             ("the right secret and no mail", b"", secret, 400),
-            ("5 MB and a wrong secret", bytes(5 * 2**20), "w" * 32, 401)) if url else ():
+            ("5 MB and a wrong secret", bytes(5 * 2**20), "w" * 32, 401)):
         try:
             answer = str(post_to(url, body, given)[0])
         except (OSError, ValueError, http.client.HTTPException) as error:
             answer = printable(str(error))
-        fault = f"{answer}, expected {expected}: see the proxy's rules and limits"
-        yield f"{url} with {name}", "" if answer == str(expected) else fault
+        yield (f"{url} with {name}", answer == str(expected),
+               f"{answer}, expected {expected}: see the proxy's rules and limits")
 
 
 @verb
@@ -3448,21 +3437,25 @@ def forget(store: Store, address: str) -> Any:
     if "@" not in address:
         raise Refused(400, f"{address!r} is no address: expected one like ada@example.org")
     counts = store.write(erase, address)
-    print("inbound: backups hold it until they expire, the -wal file until it is written over "
-          "or the server stops", file=sys.stderr)
+    print("inbound: backups hold it until they expire, the -wal file until it is written "
+          "over or the server stops", file=sys.stderr)
     return counts
 
 
 def erase(db: DB, now: int, address: str) -> Row:
-    """Delete what a person wrote and what was written to them; secure_delete overwrites it."""
-    db.create_function("is_theirs", 1, lambda other: mailbox_key(other) == mailbox_key(address))
-    db.create_function("names_them", 1, lambda body: spellings(address).search(
-        body.decode("latin-1")) is not None)
-    return {name: db.execute(f"DELETE FROM {rows}").rowcount for name, rows in (
-        ("tickets", "ticket WHERE is_theirs(requester)"),
-        ("messages", "message WHERE is_theirs(from_address)"),
-        ("mails", "message WHERE id IN (SELECT message FROM outbox WHERE is_theirs(recipient))"),
-        ("rejected", "rejected WHERE names_them(body)"))}
+    """Delete what a person wrote and what was written to them; SQLite overwrites it."""
+    key, words = mailbox_key(address), spellings(address)
+    db.create_function("is_theirs", 1, lambda other: mailbox_key(other) == key)
+    db.create_function(
+        "names_them", 1, lambda body: bool(words.search(body.decode("latin-1"))))
+    theirs = {
+        "tickets": "ticket WHERE is_theirs(requester)",
+        "messages": "message WHERE is_theirs(from_address)",
+        "mails":
+            "message WHERE id IN (SELECT message FROM outbox WHERE is_theirs(recipient))",
+        "rejected": "rejected WHERE names_them(body)"}
+    return {
+        name: db.execute(f"DELETE FROM {rows}").rowcount for name, rows in theirs.items()}
 
 
 # -----------------------------------------------------------------------------------------
@@ -3516,7 +3509,6 @@ def run_verb(given: dict[str, str], words: list[str], clock: Callable[[], float]
     name, words = verb_of(words)
     function = VERBS[name]
     path = given.pop("db", "") or os.environ.get("INBOUND_DB") or "inbound.db"
-    is_json = "json" in given
     try:
         options = options_of(function, given, words)
         with contextlib.closing(Store(path, clock, checkpoints=name == "serve")) as store:
@@ -3526,7 +3518,7 @@ def run_verb(given: dict[str, str], words: list[str], clock: Callable[[], float]
     except Usage as error:
         raise Usage(f"{error}: {usage_of(function)}") from None
     if result is not None:
-        print_result(result, is_json)
+        print_result(result, "json" in given)
     if name == "doctor" and not all(row["is_ok"] for row in result[0]):
         raise SystemExit(1)
 
@@ -3569,10 +3561,10 @@ def print_result(result: Any, is_json: bool) -> None:
     rows, text = result if isinstance(result, tuple) else (result, None)
     if is_json:
         text = json.dumps(rows, indent=1).replace("\x7f", r"\u007f")
-    elif isinstance(rows, list) and rows and not text:
+    elif text is None and isinstance(rows, list):
         text = table_of(rows)
     elif text is None:
-        text = "\n".join(map("=".join, readable(rows or {}).items()))
+        text = "\n".join(map("=".join, readable(rows).items()))
     text = text.replace("\r\n", "\n").rstrip("\n")
     print(re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", "?", text))
 
@@ -3590,7 +3582,7 @@ def readable(row: Row) -> dict[str, str]:
 def table_of(rows: list[Row]) -> str:
     """A line a row; on a terminal columns with a header, the widest cut until all fit."""
     lines = [[*map(one_line, readable(row).values())] for row in rows]
-    if sys.stdout.isatty():
+    if rows and sys.stdout.isatty():
         lines.insert(0, [name.upper() for name in rows[0]])
         widths = [max(map(len, column)) for column in zip(*lines)]
         room = shutil.get_terminal_size().columns - 2 * len(widths)
