@@ -2893,19 +2893,11 @@ def add_counts(db: DB, now: int, refusals: list[Any], uses: dict[int, int]) -> N
 # -----------------------------------------------------------------------------------------
 # Verbs: one function each, in the order of --help. It takes the store, the words behind its
 # name, and its options by their names. It returns what is printed: a row or rows, or (that,
-# the text that stands for it where nobody asked for JSON).
-
-Verb = Callable[..., Any]
-VERBS: dict[str, Verb] = {}
+# the text that stands for it where nobody asked for JSON). Its docstring is its help, the
+# first paragraph of that its usage.
 
 
-def verb(function: Verb) -> Verb:
-    """Register a verb. Its docstring is its help, the first paragraph of that its usage."""
-    VERBS[function.__name__.replace("_", " ")] = function
-    return function
 
-
-@verb
 def serve(store: Store, *, listen: str = "127.0.0.1:8080") -> None:
     """inbound serve [--listen 127.0.0.1:8080]
 
@@ -2914,7 +2906,6 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080") -> None:
     run_server(listen, store)
 
 
-@verb
 def secret_show(store: Store, *, account: str = "") -> Any:
     """inbound secret show [--account ADDRESS] [--json]
 
@@ -2925,7 +2916,6 @@ def secret_show(store: Store, *, account: str = "") -> Any:
     return {name: row[name] for name in names}, row["inbound_secret"]
 
 
-@verb
 def secret_set(store: Store, value: str, *, account: str = "") -> Any:
     """inbound secret set VALUE [--account ADDRESS] [--json]
 
@@ -2935,7 +2925,6 @@ def secret_set(store: Store, value: str, *, account: str = "") -> Any:
     return secret_show(store, account=account)
 
 
-@verb
 def secret_rotate(store: Store, *, keep: str = "24h", account: str = "") -> Any:
     """inbound secret rotate [--keep 24h] [--account ADDRESS] [--json]
 
@@ -2977,7 +2966,6 @@ def one_of(rows: list[Row], what: str) -> Row:
     return rows[0]
 
 
-@verb
 def account_list(store: Store) -> Any:
     """inbound account list [--json]
 
@@ -2987,7 +2975,6 @@ def account_list(store: Store) -> Any:
         ORDER BY is_default DESC, id""")
 
 
-@verb
 def account_show(store: Store, *, account: str = "") -> Any:
     """inbound account show [--account ADDRESS] [--json]
 
@@ -2997,7 +2984,6 @@ def account_show(store: Store, *, account: str = "") -> Any:
             if name != "id" and "_secret" not in name}
 
 
-@verb
 def account_add(store: Store, address: str) -> Any:
     """inbound account add ADDRESS [--json]
 
@@ -3008,7 +2994,6 @@ def account_add(store: Store, address: str) -> Any:
         RETURNING address, inbound_secret""", [address, new_secret()])[0]
 
 
-@verb
 def account_set(store: Store, setting: str, *more: str, account: str = "") -> Any:
     """inbound account set KEY=VALUE ... [--account ADDRESS] [--json]
 
@@ -3031,7 +3016,6 @@ def account_set(store: Store, setting: str, *more: str, account: str = "") -> An
     return {name: changed[name] for name in values}
 
 
-@verb
 def tickets(store: Store, status: str = "open", *, search: str = "", limit: int = 50,
             account: str = "", **equal: str) -> Any:
     """inbound tickets [open|closed|all] [--queue NAME] [--from ADDRESS] [--search WORDS]
@@ -3054,11 +3038,10 @@ def tickets(store: Store, status: str = "open", *, search: str = "", limit: int 
         ORDER BY updated_at DESC, ticket.id DESC LIMIT :limit""", asked | equal)
 
 
-MESSAGE_SHOWN = "\n--- {direction} {received_at} {from_name} <{from}> {kind}\n    {reason}\n"
-ATTACHMENT_SHOWN = "    attachment {id}: {filename} ({content_type}, {size} bytes) {note}\n"
+MESSAGE_HEAD = "\n--- {direction} {received_at} {from_name} <{from}> {kind}\n    {reason}\n"
+ATTACHMENT_LINE = "    attachment {id}: {filename} ({content_type}, {size} bytes) {note}\n"
 
 
-@verb
 def show(store: Store, reference: str, *, last: int = -1) -> Any:
     """inbound show REF [--last N] [--json]
 
@@ -3076,11 +3059,11 @@ def show(store: Store, reference: str, *, last: int = -1) -> Any:
         message["attachments"] = store.rows("""SELECT id, filename, content_type,
             content_id, size, sha256, note FROM attachment WHERE message = ?
             ORDER BY id""", [message.pop("id")])
-        text += MESSAGE_SHOWN.format(**readable(message))
+        text += MESSAGE_HEAD.format(**readable(message))
         for note in message["notes"]:
             text += f"    note: {note}\n"
         for each in message["attachments"]:
-            text += ATTACHMENT_SHOWN.format(**each)
+            text += ATTACHMENT_LINE.format(**each)
         text += f"\n{message['text'].rstrip()}\n"
     names = ("reference", "queue", "status", "subject", "requester")
     return {name: ticket[name] for name in names} | {"messages": messages}, text
@@ -3094,7 +3077,6 @@ def ticket_of(store: Store, reference: str) -> Row:
 
 
 
-@verb
 def attachment(store: Store, identifier: str, file: str = "") -> None:
     """inbound attachment ID [FILE]
 
@@ -3108,7 +3090,6 @@ def attachment(store: Store, identifier: str, file: str = "") -> None:
         output.write(row["content"])
 
 
-@verb
 def reply(store: Store, reference: str, *, to: str = "") -> Any:
     """inbound reply REF [--to ADDRESS] [--json]
 
@@ -3118,8 +3099,7 @@ def reply(store: Store, reference: str, *, to: str = "") -> Any:
     text = clean(decode(sys.stdin.buffer.read(), None))
     if not text.strip():
         raise Refused(400, "the reply is empty: expected its text on standard input")
-    [account] = store.rows(
-        "SELECT * FROM email_account WHERE id = ?", [ticket["email_account"]])
+    [account] = [row for row in store.accounts() if row["id"] == ticket["email_account"]]
     parent = store.rows("""SELECT * FROM message WHERE ticket = ? AND direction = 'in'
         ORDER BY id DESC LIMIT 1""", [ticket["id"]])[0]
     subject = re.sub(r"^(?:re:\s*)+", "", ticket["subject"], flags=re.I)[:200]
@@ -3135,7 +3115,6 @@ def reply(store: Store, reference: str, *, to: str = "") -> Any:
             "message_id": draft[0].message_id}
 
 
-@verb
 def close(store: Store, reference: str) -> Any:
     """inbound close REF [--json]
 
@@ -3144,7 +3123,6 @@ def close(store: Store, reference: str) -> Any:
     return set_status(store, reference, "closed")
 
 
-@verb
 def reopen(store: Store, reference: str) -> Any:
     """inbound reopen REF [--json]
 
@@ -3159,7 +3137,6 @@ def set_status(store: Store, reference: str, status: str) -> Row:
         RETURNING reference, status""", [status, store.now(), ticket["id"]])[0]
 
 
-@verb
 def relay(store: Store, url: str, *, sender: str | None = None,
           secret_file: str = "inbound.secret") -> None:
     """inbound relay URL [--sender ADDRESS] [--secret-file inbound.secret]
@@ -3208,7 +3185,6 @@ OUTBOX = """SELECT outbox.id, ticket.reference AS ticket, outbox.recipient AS "t
     JOIN ticket ON ticket.id = message.ticket"""
 
 
-@verb
 def outbox_list(store: Store, *, limit: int = 500) -> Any:
     """inbound outbox list [--limit 500] [--json]
 
@@ -3218,7 +3194,6 @@ def outbox_list(store: Store, *, limit: int = 500) -> Any:
         last_error FROM ({OUTBOX} ORDER BY outbox.id DESC LIMIT ?) ORDER BY id""", [limit])
 
 
-@verb
 def outbox_show(store: Store, identifier: str) -> Any:
     """inbound outbox show ID [--json]
 
@@ -3230,7 +3205,6 @@ def outbox_show(store: Store, identifier: str) -> Any:
     return row, row["content"]
 
 
-@verb
 def outbox_send(store: Store) -> Any:
     """inbound outbox send [--json]
 
@@ -3239,7 +3213,6 @@ def outbox_send(store: Store) -> Any:
     return dict(send_due(store)) or ({}, "nothing is due")
 
 
-@verb
 def outbox_retry(store: Store, which: str) -> Any:
     """inbound outbox retry ID|all [--json]
 
@@ -3255,7 +3228,6 @@ def outbox_retry(store: Store, which: str) -> Any:
     return rows or ([], "nothing has failed")
 
 
-@verb
 def rejected_list(store: Store, *, limit: int = 500) -> Any:
     """inbound rejected list [--limit 500] [--json]
 
@@ -3266,7 +3238,6 @@ def rejected_list(store: Store, *, limit: int = 500) -> Any:
         ORDER BY id""", [limit])
 
 
-@verb
 def rejected_show(store: Store, identifier: str) -> Any:
     """inbound rejected show ID [--json]
 
@@ -3282,7 +3253,6 @@ def rejected_row(store: Store, identifier: str) -> Row:
         f"rejected post {identifier!r}: see `inbound rejected`")
 
 
-@verb
 def rejected_replay(store: Store, identifier: str = "") -> Any:
     """inbound rejected replay [ID] [--json]
 
@@ -3309,7 +3279,6 @@ def replay(store: Store, identifier: str) -> Row:
     return {"id": row["id"], **answer}
 
 
-@verb
 def rejected_delete(store: Store, identifier: str) -> Any:
     """inbound rejected delete ID [--json]
 
@@ -3320,7 +3289,6 @@ def rejected_delete(store: Store, identifier: str) -> Any:
         row["id"]])[0]
 
 
-@verb
 def doctor(store: Store, *, url: str = "") -> Any:
     """inbound doctor [--url URL] [--json]
 
@@ -3361,9 +3329,8 @@ def checks_of(store: Store) -> Iterator[Check]:
                "expected paths of from, message_id, and fields of a mail")
     for row in store.rows("""SELECT * FROM refused_caller WHERE last_at > ?
             ORDER BY posts DESC LIMIT 5""", [store.now() - REFUSALS_SHOWN]):
-        yield (f"caller {row['client']}", False,
-               f"{row['posts']} posts with a wrong secret: if it is yours, give it the "
-               "right")
+        why = f"{row['posts']} posts with a wrong secret: if it is yours, give it the right"
+        yield f"caller {row['client']}", False, why
     for account in store.accounts():
         yield from checks_of_account(store, account)
 
@@ -3401,7 +3368,6 @@ def checks_of_url(store: Store, url: str) -> Iterator[Check]:
                f"{answer}, expected {expected}: see the proxy's rules and limits")
 
 
-@verb
 def backup(store: Store, file: str) -> Any:
     """inbound backup FILE [--json]
 
@@ -3428,7 +3394,6 @@ def backup(store: Store, file: str) -> Any:
     return {"file": file, "messages": messages}
 
 
-@verb
 def forget(store: Store, address: str) -> Any:
     """inbound forget ADDRESS [--json]
 
@@ -3461,6 +3426,13 @@ def erase(db: DB, now: int, address: str) -> Row:
 # -----------------------------------------------------------------------------------------
 # Command line: parsing and printing. Nothing that is printed drives a terminal.
 
+Verb = Callable[..., Any]
+EACH_VERB: tuple[Verb, ...] = (
+    serve, secret_show, secret_set, secret_rotate, account_list, account_show, account_add,
+    account_set, tickets, show, attachment, reply, close, reopen, relay, outbox_list,
+    outbox_show, outbox_send, outbox_retry, rejected_list, rejected_show, rejected_replay,
+    rejected_delete, doctor, backup, forget)
+VERBS = {function.__name__.replace("_", " "): function for function in EACH_VERB}
 # What the first word of two means alone.
 ALONE = {"secret": "show", "account": "show", "outbox": "list", "rejected": "list"}
 
