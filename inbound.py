@@ -2392,7 +2392,7 @@ def fail_bounced(db: DB, account: Row, message: Message) -> None:
     """
     report = report_of(message)
     codes = re.findall(         # RFC 3463
-        r"(?<![\d.])(?:[245]\.\d{1,3}\.\d{1,3}|55\d)(?![\d.])", report)
+        r"(?<![\w.])(?:[245]\.\d{1,3}\.\d{1,3}|55\d)(?![\w.])", report)
     actions = re.findall(r"^(?:action|feedback-type):\s*(\w+)", report.lower(), re.M)
     is_delayed = {code[0] for code in codes} == {"4"} and DELAYED.search(
         message.subject + report)
@@ -2453,8 +2453,7 @@ DELIVERABLE = re.compile(
     rf"@(?:{LABEL}\.)+(?![0-9]){LABEL}")
 # An id that may stand in a header of ours: printable ASCII but < and >, no encoded-word,
 # and not made up by us for a mail without one.
-OWN_ID = re.compile(
-    rf"(?!.*=\?)<[!-;=?-~]{{1,{MAX_OWN_ID - 2}}}(?<!@missing\.invalid)>")
+OWN_ID = re.compile(rf"(?!.*=\?)<[!-;=?-~]{{1,{MAX_OWN_ID - 2}}}(?<!@missing\.invalid)>")
 # (column of email_account, seconds, column of outbox that is counted by)
 CAPS = (
     ("confirmations_per_address_hour", 3600, "mailbox"),
@@ -2462,37 +2461,33 @@ CAPS = (
     ("confirmations_per_domain_hour", 3600, "domain"),
     ("confirmations_per_hour", 3600, "email_account"))
 # Where so many people have their mailboxes that a domain says nothing.
-LARGE_PROVIDERS = frozenset(re.findall(
-    r"\S+",
-    "126.com 163.com aol.com att.net bluewin.ch btinternet.com comcast.net daum.net "
-    "fastmail.com free.fr freenet.de gmail.com gmx.at gmx.ch gmx.de gmx.net googlemail.com "
-    "hanmail.net hotmail.com icloud.com laposte.net libero.it live.com mac.com mail.com "
-    "mail.ru me.com msn.com naver.com orange.fr outlook.com proton.me protonmail.com "
-    "qq.com rediffmail.com sbcglobal.net seznam.cz t-online.de verizon.net web.de wp.pl "
-    "yahoo.co.jp yahoo.com yandex.ru ymail.com zoho.com"))
+LARGE_PROVIDERS = frozenset(re.findall(r"\S+", """
+    126.com 163.com aol.com att.net bluewin.ch btinternet.com comcast.net daum.net
+    fastmail.com free.fr freenet.de gmail.com gmx.at gmx.ch gmx.de gmx.net googlemail.com
+    hanmail.net hotmail.com icloud.com laposte.net libero.it live.com mac.com mail.com
+    mail.ru me.com msn.com naver.com orange.fr outlook.com proton.me protonmail.com qq.com
+    rediffmail.com sbcglobal.net seznam.cz t-online.de verizon.net web.de wp.pl
+    yahoo.co.jp yahoo.com yandex.ru ymail.com zoho.com"""))
 # RFC 3834 3.1.7: auto-replied. Precedence: vacation(1) and Dovecot look for it.
-AUTOMATIC = {
-    "Auto-Submitted": "auto-replied",
-    "X-Auto-Response-Suppress": "All",
-    "Precedence": "bulk"}
+AUTOMATIC = {"Auto-Submitted": "auto-replied", "X-Auto-Response-Suppress": "All",
+             "Precedence": "bulk"}
 
 
 def confirm(db: DB, now: int, post: Post, ticket: Row, message: Message,
             withheld: str) -> tuple[Draft | None, str]:
     """Return (draft, reason) of a new ticket's confirmation; no draft if a rule forbids."""
     withheld = withheld or reason_to_withhold(db, now, post, message)
-    if withheld:
-        return None, f"confirmation withheld: {withheld}"
     reference = ticket["reference"]
     try:
-        draft = draft_mail(
-            post.account, now, message.from_address, AUTOMATIC,
-            subject=f"[{reference}] We received your message",
-            text=post.account["template"].replace("{reference}", reference),
-            ancestors=[*message.references, message.message_id])
+        if not withheld:
+            return draft_mail(
+                post.account, now, message.from_address, AUTOMATIC,
+                subject=f"[{reference}] We received your message",
+                text=post.account["template"].replace("{reference}", reference),
+                ancestors=[*message.references, message.message_id]), "confirmation queued"
     except Refused as refusal:
-        return None, f"confirmation withheld: {refusal.reason}"
-    return draft, "confirmation queued"
+        withheld = refusal.reason
+    return None, f"confirmation withheld: {withheld}"
 
 
 def reason_to_withhold(db: DB, now: int, post: Post, message: Message) -> str:
@@ -2503,10 +2498,8 @@ def reason_to_withhold(db: DB, now: int, post: Post, message: Message) -> str:
         return "the mail comes from our own address"
     if message.from_count > 1 or not recipient:
         return "From is not one address that we write to (RFC 3834 3.1.3)"
-    counted = {
-        "mailbox": mailbox,
-        "domain": domain_key(mailbox),
-        "email_account": post.account["id"]}
+    counted = {"mailbox": mailbox, "domain": domain_key(mailbox),
+               "email_account": post.account["id"]}
     for cap, seconds, column in CAPS:
         # Until now: what a clock that was wrong dated into the future does not count.
         sent = db.execute(f"""SELECT count(*) AS n FROM outbox WHERE {column} = ?
@@ -2532,21 +2525,18 @@ def deliverable(address: str) -> str:
     need SMTPUTF8) or encoded words (mail programs would decode them).
     """
     local, _, domain = address.rpartition("@")
-    if not domain.isascii():
-        try:
+    if not domain.isascii():        # and stays so where this fails
+        with contextlib.suppress(UnicodeError):
             wire = domain.lower()[:254].encode("idna")
-            # The codec is IDNA 2003: what it maps to another name (ß to ss) may be
-            # another's.
-            is_same = wire.decode("idna") == domain.lower()
-        except UnicodeError:
-            return ""
-        address = f"{local}@{wire.decode()}" if is_same else ""
+            # The codec is IDNA 2003: what it maps to another name (ß to ss) may be others'.
+            if wire.decode("idna") == domain.lower():
+                address = f"{local}@{wire.decode()}"
     return address if DELIVERABLE.fullmatch(address) else ""
 
 
 def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, subject: str,
                text: str, ancestors: list[str]) -> Draft:
-    """A text/plain mail of ours; Refused when it cannot be written safely.
+    """A text/plain mail of ours; Refused unless these headers and clean lines result.
 
     `ancestors` are the ids for References, the parent's last.
     """
@@ -2563,24 +2553,24 @@ def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, s
     mail = email.message.EmailMessage(Verbatim(linesep="\r\n"))
     for header, value in {
             "From": email.utils.formataddr((name, ours)), "To": recipient,
-            "Subject": subject,
-            "Date": email.utils.formatdate(now),
+            "Subject": subject, "Date": email.utils.formatdate(now),
             # 128 random bits; the message row, not the id, says which ticket.
             "Message-ID": f"<{secrets.token_hex(16)}@{ours.rpartition('@')[2].lower()}>",
-            "In-Reply-To": "".join(parents),
-            "References": " ".join(known),
+            "In-Reply-To": "".join(parents), "References": " ".join(known),
             **extra}.items():
         if value:
             mail[header] = value
     mail.set_content(text, cte="quoted-printable",
                      content_manager=email.contentmanager.raw_data_manager)
-    confirmation_from = account["confirmation_envelope_from"] or ""
+    content = mail.as_bytes()
+    if (email.message_from_bytes(content).keys() != mail.keys()
+            or re.search(rb"[\0\x80-\xff]|[^\r]\n|\r[^\n]|[^\r\n]{999}", content)):
+        raise Refused(400, "the mail cannot be written safely")
     return Message(
         message_id=mail["Message-ID"], digest="", in_reply_to=parents, references=known,
-        from_address=ours, from_name=name,
-        envelope_from=confirmation_from if extra else ours,
-        to=[recipient], cc=[], subject=subject, text=text, html=None,
-        headers=[[*pair] for pair in mail.items()]), safe_bytes(mail)
+        from_address=ours, from_name=name, to=[recipient], cc=[], subject=subject,
+        envelope_from=(account["confirmation_envelope_from"] or "") if extra else ours,
+        text=text, html=None, headers=[[*pair] for pair in mail.items()]), content
 
 
 class Verbatim(email.policy.Compat32):
@@ -2596,13 +2586,6 @@ class Verbatim(email.policy.Compat32):
         return f"{name}: {value}\r\n".replace("> <", ">\r\n <").encode()
 
 
-def safe_bytes(mail: email.message.EmailMessage) -> bytes:
-    """A mail of ours in bytes; Refused unless these headers and clean lines result."""
-    content = mail.as_bytes()
-    if (email.message_from_bytes(content).keys() != mail.keys()
-            or re.search(rb"[\0\x80-\xff]|[^\r]\n|\r[^\n]|[^\r\n]{999}", content)):
-        raise Refused(400, "the mail cannot be written safely")
-    return content
 
 
 def send_later(db: DB, now: int, ticket: Row, draft: Draft, purpose: str) -> None:
@@ -2651,10 +2634,7 @@ def settle(db: DB, now: int, row: Row, state: str, error: str) -> None:
 
 def send_due(store: Store) -> Counter[str]:
     """Deliver all that is due; return a Counter of outcomes."""
-    outcomes: Counter[str] = Counter()
-    for account in store.accounts():
-        outcomes += send_for(store, account)
-    return outcomes
+    return sum((send_for(store, account) for account in store.accounts()), Counter[str]())
 
 
 def send_for(store: Store, account: Row) -> Counter[str]:
@@ -2664,8 +2644,8 @@ def send_for(store: Store, account: Row) -> Counter[str]:
         while row := store.write(claim, account):       # nothing due: nothing is written
             state, error = relay.deliver(row)
             outcomes[state] += 1
-            log.info("outbox %d to %s %s: %s", row["id"], row["recipient"], state,
-                     printable(error))
+            log.info("outbox %d to %s %s: %s",
+                     row["id"], row["recipient"], state, printable(error))
             settle_for_sure(store, row, state, error)
             if relay.smtp is None:      # one try at a look, not one a row
                 break
@@ -2729,25 +2709,23 @@ class Relay:
 
     def connect(self) -> None:
         """Open the session that the account asks for. Certificates are verified."""
-        host, port, security, username, password = (
-            self.account[f"smtp_{name}"]
-            for name in ("host", "port", "security", "username", "password"))
-        context = ssl.create_default_context()
+        account, context = self.account, ssl.create_default_context()
+        host, security = account["smtp_host"], account["smtp_security"]
         # The name is for EHLO: smtplib would ask DNS for one, which may take longer than
         # the delivery. Made before it connects: the watchdog finds the socket in it.
         self.smtp = (TerseSMTPS if security == "tls" else TerseSMTP)(
-            local_hostname=self.account["address"].rpartition("@")[2], timeout=DELIVERY)
+            local_hostname=account["address"].rpartition("@")[2], timeout=DELIVERY)
         self.smtp.context = context     # `tls` checks the certificate by it …
         self.smtp._host = host          # … and both kinds check it against this name
-        code, words = self.smtp.connect(
-            host, port or {"none": 25, "starttls": 587, "tls": 465}[security])
+        port = account["smtp_port"] or {"none": 25, "starttls": 587, "tls": 465}[security]
+        code, words = self.smtp.connect(host, port)
         if code != 220:
             raise smtplib.SMTPConnectError(code, words)
         self.smtp.ehlo_or_helo_if_needed()
         if security == "starttls":
             self.smtp.starttls(context=context)
-        if username is not None:        # the schema has it that security is not none here
-            self.smtp.login(username, password or "")
+        if account["smtp_username"] is not None:    # the schema forbids it without TLS
+            self.smtp.login(account["smtp_username"], account["smtp_password"] or "")
 
     def abort(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
@@ -2816,9 +2794,8 @@ def run_server(listen: str, store: Store) -> None:
     courier = threading.Thread(target=run_courier, args=(store, stopping), daemon=True)
     try:
         # It listens before it opens: a taken port shall not use up the greeting.
-        text = "listening: {url} (`inbound secret` prints the secret)"
-        if store.open():
-            text = GREETING
+        text = GREETING if store.open() else (
+            "listening: {url} (`inbound secret` prints the secret)")
         courier.start()
         print(text.format(url=f"http://{listen.rpartition(':')[0]}:{port}{ENDPOINT}",
                           id=secrets.token_hex(8),
@@ -2845,10 +2822,9 @@ def run_courier(store: Store, stopping: threading.Event) -> None:
             for account in store.accounts():
                 thread = threads.get(account["id"])
                 if thread is None or not thread.is_alive():
-                    thread = threading.Thread(target=deliver_for, args=(store, account),
-                                              daemon=True)
-                    threads[account["id"]] = thread
-                    thread.start()
+                    threads[account["id"]] = threading.Thread(
+                        target=deliver_for, args=(store, account), daemon=True)
+                    threads[account["id"]].start()
         # SQLite answers "locking protocol" for good after a failed unlock: start anew.
         if store.failing_since and time.monotonic() - store.failing_since > HOPELESS:
             log.critical("nothing could be written for %d s: ending, to be started again",
@@ -2874,34 +2850,24 @@ def write_counts(store: Store) -> None:
         store.write(add_counts, refusals, uses)
 
 
-def add_counts(db: DB, now: int, refusals: list[tuple[int, str]], uses: dict[int, int]) -> None:
-    for at, client in refusals:
-        db.execute("""INSERT INTO refused_caller (client, posts, last_at) VALUES (?, 1, ?)
-            ON CONFLICT (client) DO UPDATE SET posts = posts + 1, last_at = excluded.last_at""", [
-                client[:100], at])
+def add_counts(db: DB, now: int, refusals: list[Any], uses: dict[int, int]) -> None:
+    db.executemany("""INSERT INTO refused_caller (last_at, client, posts)
+        VALUES (?, substr(?, 1, 100), 1) ON CONFLICT (client)
+        DO UPDATE SET posts = posts + 1, last_at = excluded.last_at""", refusals)
     db.execute("""DELETE FROM refused_caller WHERE client NOT IN (
         SELECT client FROM refused_caller ORDER BY last_at DESC LIMIT 1000)""")
-    for account, at in uses.items():
-        db.execute("UPDATE email_account SET previous_secret_used_at = ? WHERE id = ?", [
-            at, account])
+    db.executemany("UPDATE email_account SET previous_secret_used_at = ? WHERE id = ?",
+                   [(at, account) for account, at in uses.items()])
 
 
 # -----------------------------------------------------------------------------------------
 # Verbs: one function each, in the order of --help. It takes the store, the words behind its
 # name, and its options by their names. It returns what is printed: a row or rows, or (that,
-# the text that stands for it where nobody asked for JSON).
-
-Verb = Callable[..., Any]
-VERBS: dict[str, Verb] = {}
+# the text that stands for it where nobody asked for JSON). Its docstring is its help, the
+# first paragraph of that its usage.
 
 
-def verb(function: Verb) -> Verb:
-    """Register a verb. Its docstring is its help, the first paragraph of that its usage."""
-    VERBS[function.__name__.replace("_", " ")] = function
-    return function
 
-
-@verb
 def serve(store: Store, *, listen: str = "127.0.0.1:8080") -> None:
     """inbound serve [--listen 127.0.0.1:8080]
 
@@ -2910,7 +2876,6 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080") -> None:
     run_server(listen, store)
 
 
-@verb
 def secret_show(store: Store, *, account: str = "") -> Any:
     """inbound secret show [--account ADDRESS] [--json]
 
@@ -2921,7 +2886,6 @@ def secret_show(store: Store, *, account: str = "") -> Any:
     return {name: row[name] for name in names}, row["inbound_secret"]
 
 
-@verb
 def secret_set(store: Store, value: str, *, account: str = "") -> Any:
     """inbound secret set VALUE [--account ADDRESS] [--json]
 
@@ -2931,7 +2895,6 @@ def secret_set(store: Store, value: str, *, account: str = "") -> Any:
     return secret_show(store, account=account)
 
 
-@verb
 def secret_rotate(store: Store, *, keep: str = "24h", account: str = "") -> Any:
     """inbound secret rotate [--keep 24h] [--account ADDRESS] [--json]
 
@@ -2948,12 +2911,12 @@ def secret_rotate(store: Store, *, keep: str = "24h", account: str = "") -> Any:
 
 
 def change_account(store: Store, account: str, values: Row) -> None:
-    columns = ", ".join(f"{name} = ?" for name in values)
-    store.write(run_one, f"UPDATE email_account SET {columns} WHERE id = ?",
-                *values.values(), chosen_account(store, account)["id"])
+    columns = ", ".join(f"{name} = :{name}" for name in values)
+    store.write(run_one, f"UPDATE email_account SET {columns} WHERE id = :id",
+                values | {"id": chosen_account(store, account)["id"]})
 
 
-def run_one(db: DB, now: int, statement: str, *parameters: Any) -> list[Row]:
+def run_one(db: DB, now: int, statement: str, parameters: Any) -> list[Row]:
     """The rows that one statement returns, as work for the writer."""
     return db.execute(statement, parameters).fetchall()
 
@@ -2961,10 +2924,9 @@ def run_one(db: DB, now: int, statement: str, *parameters: Any) -> list[Row]:
 def chosen_account(store: Store, address: str) -> Row:
     """The account of --account, else the default one; queue by name, password hidden."""
     return one_of(store.rows("""SELECT email_account.*, queue.name AS queue,
-        iif(smtp_password IS NULL, NULL, '(set)') AS smtp_password
-        FROM email_account JOIN queue ON queue.id = email_account.queue
-        WHERE address = :address OR :address = ''
-        ORDER BY email_account.is_default DESC, email_account.id""", {"address": address}),
+        iif(smtp_password IS NULL, NULL, '(set)') AS smtp_password FROM email_account
+        JOIN queue ON queue.id = email_account.queue WHERE ifnull(address = ?, 1)
+        ORDER BY email_account.is_default DESC, email_account.id""", [address or None]),
         f"account {address!r}: see `inbound account list`")
 
 
@@ -2974,7 +2936,6 @@ def one_of(rows: list[Row], what: str) -> Row:
     return rows[0]
 
 
-@verb
 def account_list(store: Store) -> Any:
     """inbound account list [--json]
 
@@ -2984,7 +2945,6 @@ def account_list(store: Store) -> Any:
         ORDER BY is_default DESC, id""")
 
 
-@verb
 def account_show(store: Store, *, account: str = "") -> Any:
     """inbound account show [--account ADDRESS] [--json]
 
@@ -2994,19 +2954,16 @@ def account_show(store: Store, *, account: str = "") -> Any:
             if name != "id" and "_secret" not in name}
 
 
-@verb
 def account_add(store: Store, address: str) -> Any:
     """inbound account add ADDRESS [--json]
 
     Add an account, with a secret and so a URL of its own.
     """
-    return store.write(run_one, """INSERT INTO email_account
-        (address, inbound_secret, queue)
-        SELECT ?, ?, id FROM queue ORDER BY is_default DESC, id LIMIT 1
-        RETURNING address, inbound_secret""", address, new_secret())[0]
+    return store.write(run_one, """INSERT INTO email_account (address, inbound_secret,
+        queue) SELECT ?, ?, id FROM queue ORDER BY is_default DESC, id LIMIT 1
+        RETURNING address, inbound_secret""", [address, new_secret()])[0]
 
 
-@verb
 def account_set(store: Store, setting: str, *more: str, account: str = "") -> Any:
     """inbound account set KEY=VALUE ... [--account ADDRESS] [--json]
 
@@ -3022,14 +2979,13 @@ def account_set(store: Store, setting: str, *more: str, account: str = "") -> An
         values[name] = value or None
     if "queue" in values:       # a name that is new makes a queue
         values["queue"] = store.write(run_one, """INSERT INTO queue (name) VALUES (?)
-            ON CONFLICT (name) DO UPDATE SET is_default = is_default RETURNING id""",
-            values["queue"] or "")[0]["id"]
+            ON CONFLICT (name) DO UPDATE SET is_default = is_default RETURNING id""", [
+                values["queue"] or ""])[0]["id"]
     change_account(store, account, values)
     changed = account_show(store, account=values.get("address", account))
     return {name: changed[name] for name in values}
 
 
-@verb
 def tickets(store: Store, status: str = "open", *, search: str = "", limit: int = 50,
             account: str = "", **equal: str) -> Any:
     """inbound tickets [open|closed|all] [--queue NAME] [--from ADDRESS] [--search WORDS]
@@ -3039,27 +2995,23 @@ def tickets(store: Store, status: str = "open", *, search: str = "", limit: int 
     """
     if status not in ("open", "closed", "all"):
         raise Usage(f"{status!r} is no status")
-    asked = {
-        "status": status, "words": json.dumps(search.split()), "limit": limit,
-        "queue": None, "from": None, "account": None}
-    if account:
-        asked["account"] = chosen_account(store, account)["id"]
-    return store.rows("""SELECT ticket.reference, queue.name AS queue, ticket.status,
-        ticket.subject, ticket.requester,
+    asked = {"status": status, "words": search.split(), "limit": limit, "queue": None,
+             "from": None, "account": account and chosen_account(store, account)["id"]}
+    return store.rows("""SELECT reference, queue.name AS queue, status, subject, requester,
         (SELECT count(*) FROM message WHERE message.ticket = ticket.id) AS messages,
-        ticket.created_at, ticket.updated_at
-        FROM ticket JOIN queue ON queue.id = ticket.queue
-        WHERE :status IN (ticket.status, 'all')
-        AND queue.name = ifnull(:queue, queue.name)
-        AND ticket.requester = ifnull(:from, ticket.requester)
-        AND ticket.email_account = ifnull(:account, ticket.email_account)
+        created_at, updated_at FROM ticket JOIN queue ON queue.id = ticket.queue
+        WHERE :status IN (status, 'all') AND :account IN (email_account, '')
+        AND queue.name = ifnull(:queue, queue.name) AND requester = ifnull(:from, requester)
         AND NOT EXISTS (SELECT 1 FROM json_each(:words) WHERE NOT EXISTS (
             SELECT 1 FROM message WHERE message.ticket = ticket.id
             AND instr(lower(from_address || ' ' || subject || ' ' || text), lower(value))))
-        ORDER BY ticket.updated_at DESC, ticket.id DESC LIMIT :limit""", asked | equal)
+        ORDER BY updated_at DESC, ticket.id DESC LIMIT :limit""", asked | equal)
 
 
-@verb
+MESSAGE_HEAD = "\n--- {direction} {received_at} {from_name} <{from}> {kind}\n    {reason}\n"
+ATTACHMENT_LINE = "    attachment {id}: {filename} ({content_type}, {size} bytes) {note}\n"
+
+
 def show(store: Store, reference: str, *, last: int = -1) -> Any:
     """inbound show REF [--last N] [--json]
 
@@ -3077,7 +3029,12 @@ def show(store: Store, reference: str, *, last: int = -1) -> Any:
         message["attachments"] = store.rows("""SELECT id, filename, content_type,
             content_id, size, sha256, note FROM attachment WHERE message = ?
             ORDER BY id""", [message.pop("id")])
-        text += text_of_message(message)
+        text += MESSAGE_HEAD.format(**readable(message))
+        for note in message["notes"]:
+            text += f"    note: {note}\n"
+        for each in message["attachments"]:
+            text += ATTACHMENT_LINE.format(**each)
+        text += f"\n{message['text'].rstrip()}\n"
     names = ("reference", "queue", "status", "subject", "requester")
     return {name: ticket[name] for name in names} | {"messages": messages}, text
 
@@ -3088,18 +3045,8 @@ def ticket_of(store: Store, reference: str) -> Row:
         f"ticket {reference!r}: see `inbound tickets all`")
 
 
-def text_of_message(message: Row) -> str:
-    head = "\n--- {direction} {received_at} {from_name} <{from}> {kind}\n    {reason}\n"
-    line = "    attachment {id}: {filename} ({content_type}, {size} bytes) {note}\n"
-    text = head.format(**readable(message))
-    for note in message["notes"]:
-        text += f"    note: {note}\n"
-    for each in message["attachments"]:
-        text += line.format(**each)
-    return f"{text}\n{message['text'].rstrip()}\n"
 
 
-@verb
 def attachment(store: Store, identifier: str, file: str = "") -> None:
     """inbound attachment ID [FILE]
 
@@ -3113,7 +3060,6 @@ def attachment(store: Store, identifier: str, file: str = "") -> None:
         output.write(row["content"])
 
 
-@verb
 def reply(store: Store, reference: str, *, to: str = "") -> Any:
     """inbound reply REF [--to ADDRESS] [--json]
 
@@ -3123,8 +3069,7 @@ def reply(store: Store, reference: str, *, to: str = "") -> Any:
     text = clean(decode(sys.stdin.buffer.read(), None))
     if not text.strip():
         raise Refused(400, "the reply is empty: expected its text on standard input")
-    [account] = store.rows(
-        "SELECT * FROM email_account WHERE id = ?", [ticket["email_account"]])
+    [account] = [row for row in store.accounts() if row["id"] == ticket["email_account"]]
     parent = store.rows("""SELECT * FROM message WHERE ticket = ? AND direction = 'in'
         ORDER BY id DESC LIMIT 1""", [ticket["id"]])[0]
     subject = re.sub(r"^(?:re:\s*)+", "", ticket["subject"], flags=re.I)[:200]
@@ -3136,11 +3081,10 @@ def reply(store: Store, reference: str, *, to: str = "") -> Any:
     author, [recipient] = parent["from_address"], draft[0].to
     if mailbox_key(author) != mailbox_key(recipient):
         print(f"inbound: {author} wrote last, this goes to {recipient}", file=sys.stderr)
-    message_id = draft[0].message_id
-    return {"reference": ticket["reference"], "to": recipient, "message_id": message_id}
+    return {"reference": ticket["reference"], "to": recipient,
+            "message_id": draft[0].message_id}
 
 
-@verb
 def close(store: Store, reference: str) -> Any:
     """inbound close REF [--json]
 
@@ -3149,7 +3093,6 @@ def close(store: Store, reference: str) -> Any:
     return set_status(store, reference, "closed")
 
 
-@verb
 def reopen(store: Store, reference: str) -> Any:
     """inbound reopen REF [--json]
 
@@ -3161,10 +3104,9 @@ def reopen(store: Store, reference: str) -> Any:
 def set_status(store: Store, reference: str, status: str) -> Row:
     ticket = ticket_of(store, reference)
     return store.write(run_one, """UPDATE ticket SET status = ?, updated_at = ? WHERE id = ?
-        RETURNING reference, status""", status, store.now(), ticket["id"])[0]
+        RETURNING reference, status""", [status, store.now(), ticket["id"]])[0]
 
 
-@verb
 def relay(store: Store, url: str, *, sender: str | None = None,
           secret_file: str = "inbound.secret") -> None:
     """inbound relay URL [--sender ADDRESS] [--secret-file inbound.secret]
@@ -3177,8 +3119,7 @@ def relay(store: Store, url: str, *, sender: str | None = None,
     """
     mail = sys.stdin.buffer.read()
     mail = mail[next(MBOX.finditer(mail)).end():]
-    if sender is None:
-        sender = os.environ.get("SENDER")
+    sender = os.environ.get("SENDER") if sender is None else sender
     if sender is not None:
         mail = os.fsencode(f"Return-Path: <{sender.strip('<>')}>\r\n") + mail
     try:
@@ -3214,7 +3155,6 @@ OUTBOX = """SELECT outbox.id, ticket.reference AS ticket, outbox.recipient AS "t
     JOIN ticket ON ticket.id = message.ticket"""
 
 
-@verb
 def outbox_list(store: Store, *, limit: int = 500) -> Any:
     """inbound outbox list [--limit 500] [--json]
 
@@ -3224,7 +3164,6 @@ def outbox_list(store: Store, *, limit: int = 500) -> Any:
         last_error FROM ({OUTBOX} ORDER BY outbox.id DESC LIMIT ?) ORDER BY id""", [limit])
 
 
-@verb
 def outbox_show(store: Store, identifier: str) -> Any:
     """inbound outbox show ID [--json]
 
@@ -3236,7 +3175,6 @@ def outbox_show(store: Store, identifier: str) -> Any:
     return row, row["content"]
 
 
-@verb
 def outbox_send(store: Store) -> Any:
     """inbound outbox send [--json]
 
@@ -3245,39 +3183,31 @@ def outbox_send(store: Store) -> Any:
     return dict(send_due(store)) or ({}, "nothing is due")
 
 
-@verb
 def outbox_retry(store: Store, which: str) -> Any:
     """inbound outbox retry ID|all [--json]
 
     Make a mail due now, or all that failed.
     """
-    rows = store.write(retry, which)
+    rows = store.write(run_one, """UPDATE outbox SET state = 'queued',
+        next_attempt_at = :now, give_up_at = :now + :wait
+        WHERE iif(:which = 'all', state = 'failed', id = :which)
+        AND (state IN ('queued', 'failed') OR state = 'sending' AND next_attempt_at <= :now)
+        RETURNING id, state""", {"now": store.now(), "wait": GIVE_UP, "which": which})
     if not rows and which != "all":
         raise Refused(404, f"mail {which} is {outbox_show(store, which)[0]['state']}")
     return rows or ([], "nothing has failed")
 
 
-def retry(db: DB, now: int, which: str) -> list[Row]:
-    return db.execute("""UPDATE outbox SET state = 'queued', next_attempt_at = :now,
-        give_up_at = :give_up WHERE iif(:which = 'all', state = 'failed', id = :which)
-        AND (state IN ('queued', 'failed') OR state = 'sending' AND next_attempt_at <= :now)
-        RETURNING id, state""", {
-            "now": now, "give_up": now + GIVE_UP, "which": which}).fetchall()
-
-
-@verb
 def rejected_list(store: Store, *, limit: int = 500) -> Any:
     """inbound rejected list [--limit 500] [--json]
 
     List posts that could not become a message, the latest last.
     """
-    return store.rows("""SELECT * FROM (
-            SELECT id, received_at, status, reason, content_type, length(body) AS size
-            FROM rejected ORDER BY id DESC LIMIT ?)
+    return store.rows("""SELECT * FROM (SELECT id, received_at, status, reason,
+        content_type, length(body) AS size FROM rejected ORDER BY id DESC LIMIT ?)
         ORDER BY id""", [limit])
 
 
-@verb
 def rejected_show(store: Store, identifier: str) -> Any:
     """inbound rejected show ID [--json]
 
@@ -3288,12 +3218,11 @@ def rejected_show(store: Store, identifier: str) -> Any:
 
 
 def rejected_row(store: Store, identifier: str) -> Row:
-    rows = store.rows(
-        "SELECT *, length(body) AS size FROM rejected WHERE id = ?", [identifier])
-    return one_of(rows, f"rejected post {identifier!r}: see `inbound rejected`")
+    return one_of(store.rows(
+        "SELECT *, length(body) AS size FROM rejected WHERE id = ?", [identifier]),
+        f"rejected post {identifier!r}: see `inbound rejected`")
 
 
-@verb
 def rejected_replay(store: Store, identifier: str = "") -> Any:
     """inbound rejected replay [ID] [--json]
 
@@ -3320,18 +3249,16 @@ def replay(store: Store, identifier: str) -> Row:
     return {"id": row["id"], **answer}
 
 
-@verb
 def rejected_delete(store: Store, identifier: str) -> Any:
     """inbound rejected delete ID [--json]
 
     Delete a kept post.
     """
     row = rejected_row(store, identifier)
-    return store.write(run_one, """DELETE FROM rejected WHERE id = ?
-        RETURNING id, reason""", row["id"])[0]
+    return store.write(run_one, "DELETE FROM rejected WHERE id = ? RETURNING id, reason", [
+        row["id"]])[0]
 
 
-@verb
 def doctor(store: Store, *, url: str = "") -> Any:
     """inbound doctor [--url URL] [--json]
 
@@ -3339,77 +3266,78 @@ def doctor(store: Store, *, url: str = "") -> Any:
 
     --url posts to the endpoint as providers see it, with no, a wrong and the right secret.
     """
-    checks = [*checks_of(store), *checks_of_url(store, url)]
-    rows = [{"check": name, "is_ok": not fault, "words": fault} for name, fault in checks]
-    lines = [f"FAIL {name}: {fault}" if fault else f"ok   {name}" for name, fault in checks]
+    checks = [*checks_of(store), *(checks_of_url(store, url) if url else ())]
+    rows = [{"check": name, "is_ok": is_ok, "words": "" if is_ok else words}
+            for name, is_ok, words in checks]
+    lines = [f"ok   {name}" if is_ok else f"FAIL {name}: {words}"
+             for name, is_ok, words in checks]
     return rows, "\n".join(lines)
 
 
-def checks_of(store: Store) -> Iterator[tuple[str, str]]:
-    """(what is checked, what is wrong and what to do, or "")."""
+Check = tuple[str, bool, str]       # what is checked, whether it is ok, else what to do
+
+
+def checks_of(store: Store) -> Iterator[Check]:
     _, content, _ = health(store)
-    for fault in [*content.get("reasons", []), *content.get("warnings", [])]:
-        yield "state", fault
+    for words in [*content.get("reasons", []), *content.get("warnings", [])]:
+        yield "state", False, words
     is_mended = sqlite3.sqlite_version_info >= (3, 51, 3)
     fix = "has" if is_mended else "lacks, as all before 3.51.3 but 3.50.7 and 3.44.6,"
-    yield f"SQLite {sqlite3.sqlite_version} {fix} the fix of the WAL-reset bug", ""
-    [found] = store.rows("PRAGMA quick_check(1)")
-    is_whole = found["quick_check"] == "ok"
-    yield "file", "" if is_whole else f"{found['quick_check']}: stop, restore a backup"
+    yield f"SQLite {sqlite3.sqlite_version} {fix} the fix of the WAL-reset bug", True, ""
+    words = store.rows("PRAGMA quick_check(1)")[0]["quick_check"]
+    yield "file", words == "ok", f"{words}: stop, restore a backup"
     newest = store.rows("SELECT ifnull(max(received_at), 0) AS at FROM message")[0]["at"]
-    is_ahead = newest > store.now() + 60
-    yield "clock", "the newest message is of the future: set the clock" if is_ahead else ""
+    yield ("clock", newest <= store.now() + 60,
+           "the newest message is of the future: set the clock")
     path = Path(store.path).resolve()
     for file in sorted(path.parent.glob(path.name + "*")):
-        is_open = file.stat().st_mode & 0o077
-        fault = f"others may read everybody's mail: chmod 600 {file}" if is_open else ""
-        yield f"mode of {file.name}", fault
+        yield (f"mode of {file.name}", not file.stat().st_mode & 0o077,
+               f"others may read everybody's mail: chmod 600 {file}")
     for name, paths in store.own_providers():
         is_sound = {"from", "message_id"} <= paths.keys() <= CANONICAL.keys()
-        fault = "" if is_sound else "expected paths of from, message_id, and fields of a mail"
-        yield f"provider {name}", fault
+        yield (f"provider {name}", is_sound,
+               "expected paths of from, message_id, and fields of a mail")
     for row in store.rows("""SELECT * FROM refused_caller WHERE last_at > ?
             ORDER BY posts DESC LIMIT 5""", [store.now() - REFUSALS_SHOWN]):
-        fault = f"{row['posts']} posts with a wrong secret: if it is yours, give it the right"
-        yield f"caller {row['client']}", fault
+        why = f"{row['posts']} posts with a wrong secret: if it is yours, give it the right"
+        yield f"caller {row['client']}", False, why
     for account in store.accounts():
         yield from checks_of_account(store, account)
 
 
-def checks_of_account(store: Store, account: Row) -> Iterator[tuple[str, str]]:
+def checks_of_account(store: Store, account: Row) -> Iterator[Check]:
     address = account["address"]
-    is_weak = len({*(account["inbound_secret"] or "")}) < 8
-    fault = "unset or easily guessed: run `inbound secret rotate`" if is_weak else ""
-    yield f"secret of {address}", fault
-    if account["previous_secret_used_at"] and account["previous_secret_until"] > store.now():
-        yield f"previous secret of {address}", "still in use: paste the new URL everywhere"
+    yield (f"secret of {address}", len({*(account["inbound_secret"] or "")}) >= 8,
+           "unset or easily guessed: run `inbound secret rotate`")
+    used, until = account["previous_secret_used_at"], account["previous_secret_until"]
+    if used and until > store.now():
+        yield (f"previous secret of {address}", False,
+               "still in use: paste the new URL everywhere")
     if account["smtp_host"]:
-        fault = ""
+        words = ""
         with contextlib.closing(Relay(account)) as session:
             try:
                 session.connect()
             except (OSError, ValueError) as error:      # SMTPException is an OSError
-                fault = f"{printable(str(error))[:200]}: see `inbound account set smtp_…`"
-        yield f"relay of {address}", fault
+                words = f"{printable(str(error))[:200]}: see `inbound account set smtp_…`"
+        yield f"relay of {address}", not words, words
 
 
-def checks_of_url(store: Store, url: str) -> Iterator[tuple[str, str]]:
-    """Whether posts are answered as they should be through whatever proxy stands before us."""
+def checks_of_url(store: Store, url: str) -> Iterator[Check]:
+    """Whether posts are answered as they should be, through whatever proxy is before us."""
     secret = store.accounts()[0]["inbound_secret"] or ""
     for name, body, given, expected in (
-            ("no secret", b"", "", 401),
-            ("a wrong secret", b"", "w" * 32, 401),
+            ("no secret", b"", "", 401), ("a wrong secret", b"", "w" * 32, 401),
             ("the right secret and no mail", b"", secret, 400),
-            ("5 MB and a wrong secret", bytes(5 * 2**20), "w" * 32, 401)) if url else ():
+            ("5 MB and a wrong secret", bytes(5 * 2**20), "w" * 32, 401)):
         try:
             answer = str(post_to(url, body, given)[0])
         except (OSError, ValueError, http.client.HTTPException) as error:
             answer = printable(str(error))
-        fault = f"{answer}, expected {expected}: see the proxy's rules and limits"
-        yield f"{url} with {name}", "" if answer == str(expected) else fault
+        yield (f"{url} with {name}", answer == str(expected),
+               f"{answer}, expected {expected}: see the proxy's rules and limits")
 
 
-@verb
 def backup(store: Store, file: str) -> Any:
     """inbound backup FILE [--json]
 
@@ -3436,7 +3364,6 @@ def backup(store: Store, file: str) -> Any:
     return {"file": file, "messages": messages}
 
 
-@verb
 def forget(store: Store, address: str) -> Any:
     """inbound forget ADDRESS [--json]
 
@@ -3445,26 +3372,37 @@ def forget(store: Store, address: str) -> Any:
     if "@" not in address:
         raise Refused(400, f"{address!r} is no address: expected one like ada@example.org")
     counts = store.write(erase, address)
-    print("inbound: backups hold it until they expire, the -wal file until it is written over "
-          "or the server stops", file=sys.stderr)
+    print("inbound: backups hold it until they expire, the -wal file until it is written "
+          "over or the server stops", file=sys.stderr)
     return counts
 
 
 def erase(db: DB, now: int, address: str) -> Row:
-    """Delete what a person wrote and what was written to them; secure_delete overwrites it."""
-    db.create_function("is_theirs", 1, lambda other: mailbox_key(other) == mailbox_key(address))
-    db.create_function("names_them", 1, lambda body: spellings(address).search(
-        body.decode("latin-1")) is not None)
-    return {name: db.execute(f"DELETE FROM {rows}").rowcount for name, rows in (
-        ("tickets", "ticket WHERE is_theirs(requester)"),
-        ("messages", "message WHERE is_theirs(from_address)"),
-        ("mails", "message WHERE id IN (SELECT message FROM outbox WHERE is_theirs(recipient))"),
-        ("rejected", "rejected WHERE names_them(body)"))}
+    """Delete what a person wrote and what was written to them; SQLite overwrites it."""
+    key, words = mailbox_key(address), spellings(address)
+    db.create_function("is_theirs", 1, lambda other: mailbox_key(other) == key)
+    db.create_function(
+        "names_them", 1, lambda body: bool(words.search(body.decode("latin-1"))))
+    theirs = {
+        "tickets": "ticket WHERE is_theirs(requester)",
+        "messages": "message WHERE is_theirs(from_address)",
+        "mails":
+            "message WHERE id IN (SELECT message FROM outbox WHERE is_theirs(recipient))",
+        "rejected": "rejected WHERE names_them(body)"}
+    return {
+        name: db.execute(f"DELETE FROM {rows}").rowcount for name, rows in theirs.items()}
 
 
 # -----------------------------------------------------------------------------------------
 # Command line: parsing and printing. Nothing that is printed drives a terminal.
 
+Verb = Callable[..., Any]
+EACH_VERB: tuple[Verb, ...] = (
+    serve, secret_show, secret_set, secret_rotate, account_list, account_show, account_add,
+    account_set, tickets, show, attachment, reply, close, reopen, relay, outbox_list,
+    outbox_show, outbox_send, outbox_retry, rejected_list, rejected_show, rejected_replay,
+    rejected_delete, doctor, backup, forget)
+VERBS = {function.__name__.replace("_", " "): function for function in EACH_VERB}
 # What the first word of two means alone.
 ALONE = {"secret": "show", "account": "show", "outbox": "list", "rejected": "list"}
 
@@ -3513,7 +3451,6 @@ def run_verb(given: dict[str, str], words: list[str], clock: Callable[[], float]
     name, words = verb_of(words)
     function = VERBS[name]
     path = given.pop("db", "") or os.environ.get("INBOUND_DB") or "inbound.db"
-    is_json = "json" in given
     try:
         options = options_of(function, given, words)
         with contextlib.closing(Store(path, clock, checkpoints=name == "serve")) as store:
@@ -3523,7 +3460,7 @@ def run_verb(given: dict[str, str], words: list[str], clock: Callable[[], float]
     except Usage as error:
         raise Usage(f"{error}: {usage_of(function)}") from None
     if result is not None:
-        print_result(result, is_json)
+        print_result(result, "json" in given)
     if name == "doctor" and not all(row["is_ok"] for row in result[0]):
         raise SystemExit(1)
 
@@ -3566,10 +3503,10 @@ def print_result(result: Any, is_json: bool) -> None:
     rows, text = result if isinstance(result, tuple) else (result, None)
     if is_json:
         text = json.dumps(rows, indent=1).replace("\x7f", r"\u007f")
-    elif isinstance(rows, list) and rows and not text:
+    elif text is None and isinstance(rows, list):
         text = table_of(rows)
     elif text is None:
-        text = "\n".join(map("=".join, readable(rows or {}).items()))
+        text = "\n".join(map("=".join, readable(rows).items()))
     text = text.replace("\r\n", "\n").rstrip("\n")
     print(re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", "?", text))
 
@@ -3587,7 +3524,7 @@ def readable(row: Row) -> dict[str, str]:
 def table_of(rows: list[Row]) -> str:
     """A line a row; on a terminal columns with a header, the widest cut until all fit."""
     lines = [[*map(one_line, readable(row).values())] for row in rows]
-    if sys.stdout.isatty():
+    if rows and sys.stdout.isatty():
         lines.insert(0, [name.upper() for name in rows[0]])
         widths = [max(map(len, column)) for column in zip(*lines)]
         room = shutil.get_terminal_size().columns - 2 * len(widths)

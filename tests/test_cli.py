@@ -119,6 +119,12 @@ def test_every_verb_of_the_table_is_in_the_help():
     assert verbs == {*re.findall(r"^  ([a-z]+)\b", inbound.__doc__, re.M)}
 
 
+def test_every_function_that_is_documented_as_a_verb_is_in_the_table():
+    documented = {function for function in vars(inbound).values()
+                  if str(function.__doc__).startswith("inbound ")}
+    assert documented == {*inbound.VERBS.values()}
+
+
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_is_the_docstring_and_behind_a_verb_that_verbs(desk, flag):
     assert desk.run(flag) == inbound.__doc__.strip() + "\n"

@@ -736,6 +736,8 @@ NOT_FINAL = {
         subject="Warning: message delayed 24 hours"),
     "a warning in the text": notice(
         "Delivery is delayed; we will keep trying for 4 days. (#4.4.1)\n\nMessage-ID: {id}\n"),
+    "a warning, and digits of an id that look like a code": notice(
+        "Delivery is delayed. (#4.4.1)\n\nMessage-ID: {id}\nReferences: <a552f@x.example>\n"),
     "somebody else's mail": notice(
         "No such user. 550 5.1.1\n\nMessage-ID: <never.sent@helpdesk.example>\n"),
 }
