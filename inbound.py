@@ -2899,8 +2899,6 @@ def add_counts(db: DB, now: int, refusals: list[Any], uses: dict[int, int]) -> N
 # printed: a row or rows, or (that, the text that stands for it where nobody asked for
 # JSON). Its docstring is its help, the first paragraph of that its usage.
 
-
-
 def secret_show(store: Store, *, account: str = "") -> Any:
     """inbound secret show [--account ADDRESS] [--json]
 
