@@ -2783,8 +2783,11 @@ Paste this into your provider's inbound webhook, with your own https host name i
 """
 
 
-def run_server(listen: str, store: Store) -> None:
-    """Answer at `listen` and send the outbox until SIGTERM or SIGINT."""
+def serve(store: Store, *, listen: str = "127.0.0.1:8080") -> None:
+    """inbound serve [--listen 127.0.0.1:8080]
+
+    Make the database if there is none, answer the endpoint, and send the outbox.
+    """
     import waitress  # the only verb that needs it
 
     logging.Formatter.converter = time.gmtime
@@ -2871,20 +2874,10 @@ def add_counts(db: DB, now: int, refusals: list[Any], uses: dict[int, int]) -> N
 
 
 # -----------------------------------------------------------------------------------------
-# Verbs: one function each, in the order of --help. It takes the store, the words behind its
-# name, and its options by their names. It returns what is printed: a row or rows, or (that,
-# the text that stands for it where nobody asked for JSON). Its docstring is its help, the
-# first paragraph of that its usage.
-
-
-
-def serve(store: Store, *, listen: str = "127.0.0.1:8080") -> None:
-    """inbound serve [--listen 127.0.0.1:8080]
-
-    Make the database if there is none, answer the endpoint, and send the outbox.
-    """
-    run_server(listen, store)
-
+# Verbs: one function each, in the order of --help; `serve` stands above. It takes the
+# store, the words behind its name, and its options by their names. It returns what is
+# printed: a row or rows, or (that, the text that stands for it where nobody asked for
+# JSON). Its docstring is its help, the first paragraph of that its usage.
 
 def secret_show(store: Store, *, account: str = "") -> Any:
     """inbound secret show [--account ADDRESS] [--json]
@@ -3388,19 +3381,19 @@ def forget(store: Store, address: str) -> Any:
 
 
 def erase(db: DB, now: int, address: str) -> Row:
-    """Delete what a person wrote and what was written to them; SQLite overwrites it."""
-    key, words = mailbox_key(address), spellings(address)
-    db.create_function("is_theirs", 1, lambda other: mailbox_key(other) == key)
-    db.create_function(
-        "names_them", 1, lambda body: bool(words.search(body.decode("latin-1"))))
-    theirs = {
-        "tickets": "ticket WHERE is_theirs(requester)",
-        "messages": "message WHERE is_theirs(from_address)",
-        "mails":
-            "message WHERE id IN (SELECT message FROM outbox WHERE is_theirs(recipient))",
+    """Delete what a person wrote and what was written to them; secure_delete overwrites it.
+
+    Returns how many of each: {"tickets": 1, …}.
+    """
+    key, find = mailbox_key(address), spellings(address).search
+    db.create_function("theirs", 1, lambda other: mailbox_key(other) == key)
+    db.create_function("names_them", 1, lambda body: bool(find(body.decode("latin-1"))))
+    gone = {
+        "tickets": "ticket WHERE theirs(requester)",
+        "messages": "message WHERE theirs(from_address)",
+        "mails": "message WHERE id IN (SELECT message FROM outbox WHERE theirs(recipient))",
         "rejected": "rejected WHERE names_them(body)"}
-    return {
-        name: db.execute(f"DELETE FROM {rows}").rowcount for name, rows in theirs.items()}
+    return {name: db.execute(f"DELETE FROM {rows}").rowcount for name, rows in gone.items()}
 
 
 # -----------------------------------------------------------------------------------------
