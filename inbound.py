@@ -137,6 +137,9 @@ class Refused(Exception):
     reason: str
     fields: Faults = field(default_factory=dict)    # a canonical body's
 
+    def __str__(self) -> str:
+        return self.reason
+
 
 class Usage(Exception):
     """A command line that means nothing: exit 2."""
