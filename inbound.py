@@ -90,7 +90,7 @@ log = logging.getLogger("inbound")
 # -----------------------------------------------------------------------------------------
 # Limits: each with its unit, what happens past it, and where the number comes from.
 
-MAX_BODY = int(os.environ.get("INBOUND_MAX_BODY", 72 * 2**20))  # bytes, or 413. 50 MB mail
+MAX_BODY = int(os.environ.get("INBOUND_MAX_BODY", 72 * 2**20))  # bytes; 413. 50 MB, base64
 HEAVY = 2**20               # bytes; larger posts are understood one at a time …
 HEAVY_WAIT = 4              # … and wait so many seconds for each other, then 503
 
@@ -110,9 +110,9 @@ FIRST_REFERENCES = 20       # ids of References that are looked at from its begi
 LAST_REFERENCES = 80        # … and from its end, where the parent stands
 
 THREADS = 12                # of the server
-BUSY_TIMEOUT = 2.0          # seconds one waits for SQLite's lock, then 503
+BUSY_TIMEOUT = 2.0          # seconds to wait for SQLite's lock, then 503. SIGTERM leaves 5
 REFUSALS_SHOWN = 3600       # seconds for which /healthz warns of a refused secret
-HOPELESS = 60               # seconds without a successful write, then it ends itself
+HOPELESS = 60               # seconds without a successful write: the server ends itself
 LEASE = 45                  # seconds a courier has a row, then it is anybody's again
 DELIVERY = 30               # seconds for one delivery in all, then it is tried again
 LOOK = 5                    # seconds between two looks at the outbox when nothing wakes us
@@ -139,6 +139,9 @@ class Refused(Exception):
     status: int                         # of HTTP
     reason: str
     fields: Faults = field(default_factory=dict)    # a canonical body's
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class Usage(Exception):
@@ -186,7 +189,7 @@ class Attachment:
 
 @dataclass(frozen=True)
 class Message:
-    """A mail as we understand it: text without NUL and lone surrogates, ids in brackets."""
+    """A mail as we understand it: text without NUL, lone surrogates; ids with brackets."""
 
     message_id: str
     digest: str                         # SHA-256, hex, of what the sender wrote; "" = ours
@@ -203,7 +206,7 @@ class Message:
     headers: Headers
     notes: list[str] = field(default_factory=list)
     attachments: list[Attachment] = field(default_factory=list)
-    from_count: int = 1                 # mailboxes in From; 0 = another stands for it
+    from_count: int = 1                 # mailboxes that From names; 0 = another stands in
     verdict: str = ""                   # the provider's word on spam
 
 
@@ -247,8 +250,8 @@ def make_app(store: Store) -> Wsgi:
                 content["fields"] = refusal.fields
         except Exception:
             log.exception("while answering")
-            error = "unexpected: nothing was stored, send it again"
-            status, content = 500, {"error": error}
+            status = 500
+            content = {"error": "unexpected: nothing was stored, send it again"}
         line = json.dumps(content)
         # Escaped and capped: nobody outside writes a line of this log.
         log.info("%d %sB %.0fms %s %s", status, environ.get("CONTENT_LENGTH") or 0,
@@ -1661,8 +1664,8 @@ def has(names: str, pattern: str, by: Callable[..., str] = keyword) -> Test:
     keys = names.split()
 
     def holds(mail: Evidence) -> bool:
-        return any(
-            matches(by(value)) for key in keys for value in mail.headers.get(key, ()))
+        return any(matches(by(value))
+                   for key in keys for value in mail.headers.get(key, ()))
 
     return holds
 
@@ -1862,9 +1865,8 @@ def names_one_of(mail: Evidence, names: Iterable[str], addresses: set[str]) -> b
     """Whether an address stands in one of the headers, in <brackets> where it has any."""
     for name in names:
         for value in map(str.lower, mail.headers.get(name, ())):
-            words = re.findall("<(?:mailto:)?([^<>]*)>", value) or re.split(
-                r"[\s;,]+", value)
-            if not addresses.isdisjoint(words):
+            words = re.findall("<(?:mailto:)?([^<>]*)>", value)
+            if not addresses.isdisjoint(words or re.split(r"[\s;,]+", value)):
                 return True
     return False
 
@@ -1901,9 +1903,9 @@ def thread(db: DB, account: Row, message: Message, kind: str) -> tuple[Row | Non
     # RFC 5322 3.6.4: In-Reply-To names the parent, and so does the last of References.
     # RFC 3464 2, RFC 8098 3.2.5: reports and receipts carry the mail that came back.
     exchange = header_values(message.headers, "x-ms-exchange-parent-message-id")
-    is_report = kind in ("bounce", "auto-reply")
+    may_return = kind in ("bounce", "auto-reply")
     ids = [message.in_reply_to, message.references[::-1], ids_of(exchange),
-           returned_ids(report_of(message))[:20] if is_report else []]
+           returned_ids(report_of(message))[:20] if may_return else []]
     ticket = any(ids) and db.execute(THREAD, [
         ids, account["id"], message.from_address]).fetchone()
     if ticket:
@@ -1966,7 +1968,7 @@ class Store:
         self.has_mail = threading.Event()               # wakes the courier
         self.refusals: deque[tuple[int, str]] = deque(maxlen=1000)  # (time, client) of 401s
         self.uses_of_previous: dict[int, int] = {}      # email_account → when it was used
-        self.failing_since = 0.0                        # monotonic; 0 = the last did not
+        self.failing_since = 0.0                        # monotonic; 0 = it is not
         self._was_open = False
         self._jobs: deque[tuple[Work, tuple[Any, ...], Future]] = deque()
         self._lock = threading.RLock()                  # of the writer and all below
@@ -2067,7 +2069,7 @@ class Store:
                     future.set_exception(error)
             writer.execute("COMMIT")
             self._refuse_if_replaced()
-            if writer.total_changes:    # nothing proves nothing: who looks for mail writes none
+            if writer.total_changes:    # a look for mail that finds none proves nothing
                 self.failing_since = 0.0
         except Exception as error:
             # No second fsync on a descriptor whose first failed: the next write opens anew.
@@ -2353,8 +2355,8 @@ def touch_ticket(db: DB, now: int, ticket: Row, message: Message, kind: str) -> 
         WHERE message.ticket = ? AND outbox.mailbox = ?""",
         [ticket["id"], mailbox]).fetchone()
     if not is_party and kind not in ("bounce", "auto-reply"):
-        note = f"written by a stranger to this ticket: {message.from_address}"
-        message.notes.append(note)
+        message.notes.append(
+            f"written by a stranger to this ticket: {message.from_address}")
     db.execute(
         "UPDATE ticket SET updated_at = ?, status = iif(?, 'open', status) WHERE id = ?",
         [now, kind == "human" and bool(is_party), ticket["id"]])
