@@ -90,7 +90,8 @@ VERBS = [
     ("rejected replay 1", "1  refused", [{"id", "status", "reason"}]),
     ("rejected delete 1", "id=1\nreason=", {"id", "reason"}),
 ]
-NAMES = sorted({re.match("[a-z]+(?: (?:show|set|rotate|list|add|send|retry|replay|delete))?", line)[0]
+SECOND = "show|set|rotate|list|add|send|retry|replay|delete"
+NAMES = sorted({re.match(f"[a-z]+(?: (?:{SECOND}))?", line)[0]
                 for line, *_ in VERBS})
 
 
@@ -356,7 +357,8 @@ FAILS = [
     ("--account nobody@x.example secret", "no account 'nobody@x.example'"),
     ("--account nobody@x.example tickets", "no account 'nobody@x.example'"),
 ]
-SQLITE = re.compile(r"constraint|CHECK|NULL\b|STRICT|UNIQUE|email_account|column|datatype|cannot store")
+SQLITE = re.compile(
+    r"constraint|CHECK|NULL\b|STRICT|UNIQUE|email_account|column|datatype|cannot store")
 # Wrong usage, and what the line names: the verb's usage, or the nearest verb, or both.
 WRONG = [
     ("nonsense", "inbound --help"),

@@ -1,4 +1,4 @@
-"""The verbs for a bad day: doctor, backup, forget; and what they need to know of the days before."""
+"""The verbs for a bad day: doctor, backup, forget; and what they have to know for it."""
 
 import contextlib
 import json
@@ -55,7 +55,8 @@ BROKEN = [
     ("INSERT INTO rejected (received_at, status, reason, content_type, body, body_sha256)"
      " VALUES (1, 400, 'x', 'x', x'00', 'x')", "", "inbound rejected"),
     (f"UPDATE message SET received_at = {NOON + 7200}", "clock", "clock"),
-    ("INSERT INTO provider (name, fields) VALUES ('Ours', '{\"from\": \"a\"}')", "Ours", "message_id"),
+    ("INSERT INTO provider (name, fields) VALUES ('Ours', '{\"from\": \"a\"}')", "Ours",
+     "message_id"),
     ("ALTER TABLE attachment RENAME TO gone", "", "attachment"),
 ]
 
@@ -205,25 +206,27 @@ def test_a_backup_under_load_holds_all_that_was_acknowledged_before_it(serve, fi
 # forget -------------------------------------------------------------------------------------------
 
 def with_two_people(desk):
-    """Ada's ticket with a word of Bob's on it, Bob's with one of Ada's, and a rejected post each."""
+    """Ada's ticket with a word of Bob's, Bob's with one of Ada's, and a rejected post each."""
     first = {"message_id": "<ada-1@customer.example>", "from": f"Ada <{ADA}>"}
     hers = desk.post(desk.mail(**first, text="ada's own words"))["ticket"]
     his = desk.post(desk.mail(message_id="<bob-1@elsewhere.example>", text="bob's own words",
                               attachments=[{"filename": "bob.txt", "content": "Ym9i"}],
                               **{"from": f"Bob <{BOB}>"}))["ticket"]
     desk.post(desk.mail(message_id="<ada-2@customer.example>", text="ada's word to bob",
-                        in_reply_to="<bob-1@elsewhere.example>", **{"from": "ADA+x@customer.example"}))
+                        in_reply_to="<bob-1@elsewhere.example>",
+                        **{"from": "ADA+x@customer.example"}))
     desk.post(desk.mail(message_id="<bob-2@elsewhere.example>", text="bob's word to ada",
                         in_reply_to="<ada-1@customer.example>", **{"from": BOB}))
     desk.run("reply", his, "--to", ADA, stdin="our words to ada")
     desk.post({"from": 17, "text": f"a fault of {ADA}"}, status=422)
-    desk.post({"from": 17, "text": "a fault of ad\\u0061".replace("ad\\u0061", BOB)}, status=422)
+    desk.post({"from": 17, "text": f"a fault of {BOB}"}, status=422)
     return hers, his
 
 
 def test_a_person_is_erased_and_nobody_else(ready):
     hers, his = with_two_people(ready)
-    counts = json.loads(ready.run("forget", "Ada@Customer.Example", "--json").partition("inbound:")[0])
+    printed = ready.run("forget", "Ada@Customer.Example", "--json")
+    counts = json.loads(printed.partition("inbound:")[0])
     assert counts["tickets"] == 1 and counts["messages"] >= 1 and counts["rejected"] == 1
     ready.run("show", hers, status=1)
     texts = [message["text"] for message in ready.show(his)["messages"]]

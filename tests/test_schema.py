@@ -349,7 +349,8 @@ def test_a_file_of_version_1_keeps_every_row_and_every_setting(old):
 
 
 def test_its_schema_is_that_of_a_new_file(old, new_file):
-    old.execute("DELETE FROM sign WHERE names = 'x-ours'")      # what cannot be carried is kept apart
+    # What cannot be carried is kept apart.
+    old.execute("DELETE FROM sign WHERE names = 'x-ours'")
     migrated(old)
     assert schema_of(old) == schema_of(new_file)
 

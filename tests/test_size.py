@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCE = (ROOT / "inbound.py").read_text("utf-8")
 SCHEMA = (ROOT / "schema.sql").read_text("utf-8")
-REACHED = 2570      # lines; see test_inbound_py_comes_no_further_from_its_wall
+REACHED = 2440      # lines; see test_inbound_py_comes_no_further_from_its_wall
 WALL, TOKENS_A_LINE, COLUMNS, LONGEST, SCHEMA_WALL, TEST_COLUMNS = 2000, 9.5, 92, 45, 350, 100
 
 
@@ -200,7 +200,7 @@ def test_what_does_not_belong_into_a_schema_is_found(schema, faults):
 
 # What they count ----------------------------------------------------------------------------------
 
-@pytest.mark.xfail(strict=True, reason="SPEC 7's wall is 2,000; what issues 7 to 9 ask for needs more")
+@pytest.mark.xfail(strict=True, reason="SPEC 7's wall: issues 7 to 9 as built need more")
 def test_inbound_py_stays_below_its_wall():
     assert len(code_lines(SOURCE)) <= WALL
 
