@@ -112,7 +112,7 @@ LAST_REFERENCES = 80        # … and from its end, where the parent stands
 THREADS = 12                # of the server
 BUSY_TIMEOUT = 2.0          # seconds to wait for SQLite's lock, then 503. SIGTERM leaves 5
 REFUSALS_SHOWN = 3600       # seconds for which /healthz warns of a refused secret
-HOPELESS = 60               # seconds without a successful write: the server ends itself
+HOPELESS = 60               # seconds without a successful read or write: the server ends
 LEASE = 45                  # seconds a courier has a row, then it is anybody's again
 DELIVERY = 30               # seconds for one delivery in all, then it is tried again
 LOOK = 5                    # seconds between two looks at the outbox when nothing wakes us
@@ -1968,7 +1968,8 @@ class Store:
         self.has_mail = threading.Event()               # wakes the courier
         self.refusals: deque[tuple[int, str]] = deque(maxlen=1000)  # (time, client) of 401s
         self.uses_of_previous: dict[int, int] = {}      # email_account → when it was used
-        self.failing_since = 0.0                        # monotonic; 0 = it is not
+        self.failing_since = 0.0                        # monotonic; 0 = writing works
+        self.blind_since = 0.0                          # monotonic; 0 = reading works
         self._was_open = False
         self._jobs: deque[tuple[Work, tuple[Any, ...], Future]] = deque()
         self._lock = threading.RLock()                  # of the writer and all below
@@ -2015,10 +2016,13 @@ class Store:
         """All rows of a query; Refused 503."""
         try:
             with self._reader_lock:
+                self.blind_since = self.blind_since or time.monotonic()
                 if self._reader is None:
                     self.open()
                     self._reader = self._connect()
-                return self._reader.execute(query, parameters).fetchall()
+                found = self._reader.execute(query, parameters).fetchall()
+                self.blind_since = 0.0
+                return found
         except sqlite3.Error as error:
             raise Refused(503, f"the database cannot be read: {error}") from None
 
@@ -2841,9 +2845,10 @@ def run_courier(store: Store, stopping: threading.Event) -> None:
                         target=deliver_for, args=(store, account), daemon=True)
                     threads[account["id"]].start()
         # SQLite answers "locking protocol" for good after a failed unlock: start anew.
-        if store.failing_since and time.monotonic() - store.failing_since > HOPELESS:
-            log.critical("nothing could be written for %d s: ending, to be started again",
-                         HOPELESS)
+        # But never for want of the file: a new process would make an empty one.
+        since = store.failing_since or store.blind_since
+        if since and time.monotonic() - since > HOPELESS and os.path.exists(store.path):
+            log.critical("no read or no write for %d s: ending, to start anew", HOPELESS)
             os.kill(os.getpid(), signal.SIGTERM)
         store.has_mail.wait(LOOK)
 

@@ -382,7 +382,9 @@ class Served(File):
 
     def __init__(self, path, *argv, env=None):
         super().__init__(path)
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "error"}
+        # At the end waitress leaves it to the process to close what clients have not closed.
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1",
+                       "PYTHONWARNINGS": "error,ignore::ResourceWarning"}
         with Path(f"{path}.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, inbound.__file__, "--db", str(path), "serve",

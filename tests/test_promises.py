@@ -643,3 +643,47 @@ def test_automatic_mail_that_raises_is_kept_and_not_answered_when_it_is_replayed
         assert desk.post(body)["status"] == "quarantined"
     desk.run("rejected", "replay")
     assert (desk.count("message"), desk.count("outbox"), desk.count("rejected")) == (1, 0, 0)
+
+
+# Seconds without a write (failing) or a read (blind); whether the file is there.
+@pytest.mark.parametrize(("trouble", "is_there", "ends"), [
+    ({}, True, False),
+    ({"failing_since": 61}, True, True),
+    ({"blind_since": 61}, True, True),
+    ({"failing_since": 9, "blind_since": 9}, True, False),
+    ({"failing_since": 61, "blind_since": 61}, False, False),   # it would make an empty one
+])
+def test_a_server_ends_when_only_a_new_process_can_help(
+        tmp_path, monkeypatch, trouble, is_there, ends):
+    path = tmp_path / "inbound.db"
+    store = inbound.Store(str(path))
+    store.open()
+    store.close()
+    monkeypatch.setattr(store, "rows", refuse)
+    for name, seconds in trouble.items():
+        setattr(store, name, time.monotonic() - seconds)
+    if not is_there:
+        path.unlink()
+    signals, stopping = [], threading.Event()
+    monkeypatch.setattr(inbound.os, "kill", lambda *args: signals.append(args[1]))
+    monkeypatch.setattr(store.has_mail, "wait", lambda seconds: stopping.set())
+    inbound.run_courier(store, stopping)
+    assert signals == [signal.SIGTERM] * ends
+
+
+def refuse(*_):
+    raise inbound.Refused(503, "the database cannot be read: disk I/O error")
+
+
+def test_a_read_that_fails_is_timed_until_one_succeeds(tmp_path):
+    store = inbound.Store(str(tmp_path / "inbound.db"))
+    store.open()
+    with pytest.raises(inbound.Refused):
+        store.rows("SELECT * FROM missing")
+    began = store.blind_since
+    with pytest.raises(inbound.Refused):
+        store.rows("SELECT * FROM missing")
+    assert 0 < began == store.blind_since
+    store.accounts()
+    assert store.blind_since == 0
+    store.close()
