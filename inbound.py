@@ -1968,8 +1968,7 @@ class Store:
         self.has_mail = threading.Event()               # wakes the courier
         self.refusals: deque[tuple[int, str]] = deque(maxlen=1000)  # (time, client) of 401s
         self.uses_of_previous: dict[int, int] = {}      # email_account → when it was used
-        self.failing_since = 0.0                        # monotonic; 0 = writing works
-        self.blind_since = 0.0                          # monotonic; 0 = reading works
+        self.failing_since = self.blind_since = 0.0     # monotonic; 0: writes, reads work
         self._was_open = False
         self._jobs: deque[tuple[Work, tuple[Any, ...], Future]] = deque()
         self._lock = threading.RLock()                  # of the writer and all below
@@ -2014,23 +2013,23 @@ class Store:
 
     def rows(self, query: str, parameters: Any = ()) -> list[Row]:
         """All rows of a query; Refused 503."""
+        if not self._reader_lock.acquire(timeout=BUSY_TIMEOUT):
+            raise Refused(503, "the database cannot be read: it has not answered others")
         try:
-            with self._reader_lock:
-                self.blind_since = self.blind_since or time.monotonic()
-                if self._reader is None:
-                    self.open()
-                    self._reader = self._connect()
-                found = self._reader.execute(query, parameters).fetchall()
-                self.blind_since = 0.0
-                return found
+            self.blind_since = self.blind_since or time.monotonic()
+            if self._reader is None:
+                self.open()
+                self._reader = self._connect()
+            found = self._reader.execute(query, parameters).fetchall()
+            self.blind_since = 0.0
+            return found
         except sqlite3.Error as error:
             raise Refused(503, f"the database cannot be read: {error}") from None
+        finally:
+            self._reader_lock.release()
 
     def accounts(self) -> list[Row]:
         return self.rows("SELECT * FROM email_account ORDER BY is_default DESC, id")
-
-    def own_addresses(self) -> list[str]:
-        return [account["address"] for account in self.accounts()]
 
     def own_providers(self) -> list[tuple[str, Row]]:
         """(name, {field: path}) of the rows of `provider`, as far as they make sense."""
@@ -3245,10 +3244,10 @@ def rejected_replay(store: Store, identifier: str = "") -> Any:
 
 def replay(store: Store, identifier: str) -> Row:
     row = rejected_row(store, identifier)
-    account = store.rows("""SELECT * FROM email_account
-        ORDER BY id = ? DESC, is_default DESC, id""", [row["email_account"]])[0]
-    post = Post(account, store.own_addresses(), row["content_type"], row["body"],
-                row["received_at"])
+    accounts = store.rows("""SELECT * FROM email_account
+        ORDER BY id = ? DESC, is_default DESC, id""", [row["email_account"]])
+    own = [account["address"] for account in accounts]
+    post = Post(accounts[0], own, row["content_type"], row["body"], row["received_at"])
     try:
         answer = receive(store, post)[1]
     except Refused as refusal:

@@ -687,3 +687,13 @@ def test_a_read_that_fails_is_timed_until_one_succeeds(tmp_path):
     store.accounts()
     assert store.blind_since == 0
     store.close()
+
+
+def test_nobody_waits_long_behind_a_read_that_does_not_end(tmp_path, monkeypatch):
+    store = inbound.Store(str(tmp_path / "inbound.db"))
+    store.open()
+    monkeypatch.setattr(inbound, "BUSY_TIMEOUT", 0.05)
+    with store._reader_lock, pytest.raises(inbound.Refused, match="has not answered others"):
+        store.accounts()
+    assert len(store.accounts()) == 1
+    store.close()
