@@ -446,7 +446,8 @@ def authenticate(store: Store, environ: Row) -> tuple[Post, bool]:
     found = [account for account in known
              if hmac.compare_digest(account["secret"].encode(), presented)]
     if not found:
-        store.refusals.append((store.now(), environ.get("REMOTE_ADDR", "")))
+        for refusals in (store.refusals, store.uncounted):
+            refusals.append((store.now(), environ.get("REMOTE_ADDR", "")))
         raise Refused(
             401, "no right secret in X-Mobieus-Inbound-Secret, ?secret= or HTTP Basic")
     if not by_body:
@@ -548,21 +549,17 @@ def read(post: Post, own_providers: OwnProviders) -> Reading:
         if notice := notice_in(fields):
             return Reading("", [], notice=notice, is_kept="SubscribeURL" in fields)
         if not fields.is_object:
-            raise Refused(400, (
-                "no provider known posts such a form, list or value; expected a JSON "
-                "object"))
+            raise Refused(400, "no provider known posts such a form, list or value; "
+                               "expected a JSON object")
         if fields and not CANONICAL.keys() & fields.keys():
-            raise Refused(422, (
-                "no known provider posts this; it is kept: describe it in the table "
-                "`provider`, then `inbound rejected replay`, or send the canonical body "
-                "(`from`, `message_id`, …)"))
+            raise Refused(422, "no known provider posts this; it is kept: describe it in "
+                               "the table `provider`, then `inbound rejected replay`, or "
+                               "send the canonical body (`from`, `message_id`, …)")
         provider = CANONICAL_BODY
     members = members_of(provider, fields) if provider.batch else [fields]
     return Reading(
-        provider.name, members,
-        to_mail=functools.partial(mail_of, provider),
-        is_batch=bool(provider.batch),
-        notice=f"{provider.name} posted no mail",
+        provider.name, members, to_mail=functools.partial(mail_of, provider),
+        is_batch=bool(provider.batch), notice=f"{provider.name} posted no mail",
         cut=fields.cut)
 
 
@@ -1967,6 +1964,7 @@ class Store:
         self.checkpoints = checkpoints
         self.has_mail = threading.Event()               # wakes the courier
         self.refusals: deque[tuple[int, str]] = deque(maxlen=1000)  # (time, client) of 401s
+        self.uncounted = self.refusals.copy()           # those not yet in `refused_caller`
         self.uses_of_previous: dict[int, int] = {}      # email_account → when it was used
         self.failing_since = self.blind_since = 0.0     # monotonic; 0: writes, reads work
         self._was_open = False
@@ -1987,9 +1985,8 @@ class Store:
         try:
             if not os.path.exists(self.path):
                 if self._was_open or not create:
-                    raise Refused(
-                        503, f"no database at {self.path!r}: `inbound serve` makes one; "
-                        "--db FILE or $INBOUND_DB names another")
+                    raise Refused(503, f"no database at {self.path!r}: `inbound serve` "
+                                       "makes one; --db FILE or $INBOUND_DB names another")
                 # Before SQLite does, so that its -wal and -shm get the same mode.
                 os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
             with contextlib.closing(self._connect()) as db:
@@ -2601,8 +2598,6 @@ class Verbatim(email.policy.Compat32):
         return f"{name}: {value}\r\n".replace("> <", ">\r\n <").encode()
 
 
-
-
 def send_later(db: DB, now: int, ticket: Row, draft: Draft, purpose: str) -> None:
     """Store a drafted mail as message and outbox row; its bytes never change any more."""
     message, content = draft
@@ -2854,6 +2849,8 @@ def run_courier(store: Store, stopping: threading.Event) -> None:
 
 def deliver_for(store: Store, account: Row) -> None:
     try:
+        if store.failing_since:     # still? Where nothing is due nothing else would tell
+            store.write(rehearse)
         send_for(store, account)
     except Refused as refusal:
         log.error("courier: %s", printable(refusal.reason))
@@ -2863,7 +2860,7 @@ def deliver_for(store: Store, account: Row) -> None:
 
 def write_counts(store: Store) -> None:
     """Keep what `doctor` shows of refused callers and of old secrets in use."""
-    refusals = [store.refusals.popleft() for _ in range(len(store.refusals))]
+    refusals = [store.uncounted.popleft() for _ in range(len(store.uncounted))]
     uses, store.uses_of_previous = store.uses_of_previous, {}
     if refusals or uses:
         store.write(add_counts, refusals, uses)
@@ -3052,8 +3049,6 @@ def ticket_of(store: Store, reference: str) -> Row:
     return one_of(store.rows("""SELECT ticket.*, queue.name AS queue FROM ticket
         JOIN queue ON queue.id = ticket.queue WHERE reference = ?""", [reference.upper()]),
         f"ticket {reference!r}: see `inbound tickets all`")
-
-
 
 
 def attachment(store: Store, identifier: str, file: str = "") -> None:

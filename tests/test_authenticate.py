@@ -322,10 +322,13 @@ def test_no_refusal_repeats_the_secret_in_its_reason(desk, caplog, body, content
     assert desk.count("ticket") == 0
 
 
-def test_healthz_warns_of_refused_secrets_for_an_hour(ready):
+@pytest.mark.parametrize("is_counted", [False, True])
+def test_healthz_warns_of_refused_secrets_for_an_hour(ready, is_counted):
     assert ready.health() == FINE
     refuse(ready, {HEADER: WRONG})
     refuse(ready, {})
+    if is_counted:
+        inbound.write_counts(ready.store)       # as the courier of `serve` does
     status, answer = ready.health()
     assert (status, answer["status"]) == (200, "ok")
     [warning] = answer["warnings"]

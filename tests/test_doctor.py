@@ -102,9 +102,9 @@ def test_callers_with_a_wrong_secret_are_told_with_their_addresses(ready):
 
 def test_a_flood_of_refused_callers_leaves_a_bounded_table(ready):
     for number in range(1500):
-        ready.store.refusals.append((ready.clock(), f"10.0.{number // 250}.{number % 250}"))
+        ready.store.uncounted.append((ready.clock(), f"10.0.{number // 250}.{number % 250}"))
     inbound.write_counts(ready.store)
-    assert ready.count("refused_caller") <= 1000
+    assert 0 < ready.count("refused_caller") <= 1000
 
 
 def test_a_rotated_secret_that_is_still_in_use_is_told_until_it_ends(ready):

@@ -671,6 +671,14 @@ def test_a_server_ends_when_only_a_new_process_can_help(
     assert signals == [signal.SIGTERM] * ends
 
 
+def test_a_server_with_nothing_to_do_finds_out_that_it_can_write_again(desk):
+    desk.store.failing_since = time.monotonic() - 9     # somebody held the lock for a while
+    [account] = desk.store.accounts()
+    inbound.deliver_for(desk.store, account)
+    assert desk.store.failing_since == 0
+    assert desk.count("message") == 0
+
+
 def refuse(*_):
     raise inbound.Refused(503, "the database cannot be read: disk I/O error")
 
