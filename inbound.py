@@ -2689,26 +2689,21 @@ class Relay:
 
         A session that cannot be used any more is closed: `smtp` is None again.
         """
-        # smtplib has no total deadline: a server that drips bytes would hold us for ever.
-        watchdog = threading.Timer(DELIVERY, self.abort)
-        watchdog.daemon = True
-        watchdog.start()
         is_ready = False
         try:
-            if self.smtp is None:
-                self.connect()
-            if not watchdog.is_alive():     # it could not cut short what DNS took
-                raise TimeoutError(f"no session within {DELIVERY} s")
-            is_ready = True
-            self.smtp.sendmail(row["envelope_from"], [row["recipient"]], row["content"])
+            with self.deadline() as watchdog:
+                if self.smtp is None:
+                    self.connect()
+                if not watchdog.is_alive():     # it could not cut short what DNS took
+                    raise TimeoutError(f"no session within {DELIVERY} s")
+                is_ready = True
+                self.smtp.sendmail(row["envelope_from"], [row["recipient"]], row["content"])
             return "sent", ""
         except smtplib.SMTPRecipientsRefused as error:
             code, words = error.recipients[row["recipient"]]
         except (OSError, ValueError) as error:      # SMTPException is an OSError
             code = getattr(error, "smtp_code", 0)
             words = getattr(error, "smtp_error", repr(error).encode())
-        finally:
-            watchdog.cancel()
         text = one_line(f"{code or ''} {decode(words, None)}")[:300]
         # RFC 5321 4.2.1: 5yz is permanent, 4yz may pass; 3.8: a 421 ends the session.
         if is_ready and code not in (0, 421):
@@ -2736,6 +2731,20 @@ class Relay:
             self.smtp.starttls(context=context)
         if account["smtp_username"] is not None:    # the schema forbids it without TLS
             self.smtp.login(account["smtp_username"], account["smtp_password"] or "")
+
+    @contextlib.contextmanager
+    def deadline(self) -> Iterator[threading.Timer]:
+        """End what is done in here after DELIVERY seconds: smtplib has no total deadline.
+
+        A server that drips bytes would hold us for ever.
+        """
+        watchdog = threading.Timer(DELIVERY, self.abort)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            yield watchdog
+        finally:
+            watchdog.cancel()
 
     def abort(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
@@ -2860,10 +2869,12 @@ def deliver_for(store: Store, account: Row) -> None:
 
 def write_counts(store: Store) -> None:
     """Keep what `doctor` shows of refused callers and of old secrets in use."""
-    refusals = [store.uncounted.popleft() for _ in range(len(store.uncounted))]
-    uses, store.uses_of_previous = store.uses_of_previous, {}
+    refusals, uses = [*store.uncounted], {**store.uses_of_previous}
     if refusals or uses:
-        store.write(add_counts, refusals, uses)
+        store.write(add_counts, refusals, uses)     # what it refuses is counted later
+        store.uses_of_previous.clear()
+    for _ in refusals:
+        store.uncounted.popleft()
 
 
 def add_counts(db: DB, now: int, refusals: list[Any], uses: dict[int, int]) -> None:
@@ -3232,8 +3243,8 @@ def rejected_replay(store: Store, identifier: str = "") -> Any:
 
     Post kept bodies again, from inside; drop a row once all of it is stored.
     """
-    found = store.rows("SELECT id FROM rejected ORDER BY id")
-    identifiers = [identifier] if identifier else [row["id"] for row in found]
+    identifiers = [identifier] if identifier else [
+        row["id"] for row in store.rows("SELECT id FROM rejected ORDER BY id")]
     return [replay(store, each) for each in identifiers] or ([], "nothing was rejected")
 
 
@@ -3321,7 +3332,8 @@ def checks_of_account(store: Store, account: Row) -> Iterator[Check]:
         words = ""
         with contextlib.closing(Relay(account)) as session:
             try:
-                session.connect()
+                with session.deadline():
+                    session.connect()
             except (OSError, ValueError) as error:      # SMTPException is an OSError
                 words = f"{printable(str(error))[:200]}: see `inbound account set smtp_…`"
         yield f"relay of {address}", not words, words
