@@ -1256,7 +1256,7 @@ def mail_of(provider: Provider, post: Any) -> Mail:
         if provider.mend:
             provider.mend(post, mail)
         if provider.place is not None and not any(mail.values()):
-            raise Refused(422, f"nothing in it reads as a mail, as {provider.name} posts it")
+            raise Refused(422, f"nothing in it reads as a mail of {provider.name}")
     mail["verdict"] = at(known, VERDICT)
     if provider.envelope_from:
         mail["envelope"] = {"from": at(post, provider.envelope_from)}
