@@ -15,9 +15,11 @@ Five promises:
   5. Nobody can stop it with a mail, or from outside: whatever is parsed has a budget, and
      nothing is parsed for a stranger.
 
-Usage: inbound [--db FILE] VERB               (FILE: $INBOUND_DB, else inbound.db)
+Usage: inbound [--db FILE] VERB      (FILE: $INBOUND_DB, else inbound.db, in the
+                                      $STATE_DIRECTORY where systemd sets one)
 
-  serve [--listen 127.0.0.1:8080]     make the database if there is none, answer, send
+  serve [--listen 127.0.0.1:8080 | unix:/path]    make the database if there is none,
+                                      answer, send
   secret [show | set VALUE | rotate [--keep 24h]]     what callers of the endpoint must know
   account [list | show | add ADDRESS | set KEY=VALUE ...]   address, queue, relay, template
   tickets [open | closed | all]       list them; --queue, --from, --search, --limit
@@ -42,6 +44,7 @@ As a WSGI application for another server: `inbound:app` (database from $INBOUND_
 
 from __future__ import annotations
 
+import atexit
 import base64
 import binascii
 import codecs
@@ -66,6 +69,7 @@ import logging
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import smtplib
@@ -254,7 +258,8 @@ def make_app(store: Store) -> Wsgi:
             content = {"error": "unexpected: nothing was stored, send it again"}
         line = json.dumps(content)
         # Escaped and capped: nobody outside writes a line of this log.
-        log.info("%d %sB %.0fms %s %s", status, environ.get("CONTENT_LENGTH") or 0,
+        level = logging.ERROR if status >= 500 else logging.INFO
+        log.log(level, "%d %sB %.0fms %s %s", status, environ.get("CONTENT_LENGTH") or 0,
                  1000 * (time.perf_counter() - began), environ.get("REMOTE_ADDR"),
                  printable(line[1:-1])[:300])
         kind = "text/plain" if text else "application/json"
@@ -269,12 +274,42 @@ def make_app(store: Store) -> Wsgi:
 
 def app(environ: Row, start_response: Start) -> list[bytes]:
     """The WSGI application for other servers: on $INBOUND_DB, which is made at need."""
-    return app_of(os.environ.get("INBOUND_DB") or "inbound.db")(environ, start_response)
+    return app_of(default_path())(environ, start_response)
 
 
 @functools.cache
 def app_of(path: str) -> Wsgi:
+    start_log(path)
     return make_app(Store(path))
+
+
+def default_path() -> str:
+    """Where the database is if nobody says it: systemd names a service's own folder."""
+    # systemd.exec(5): of several, with colons between them, the first.
+    folder = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    return os.environ.get("INBOUND_DB") or os.path.join(folder, "inbound.db")
+
+
+def start_log(path: str) -> None:
+    """Log on standard error, in UTC; where journald adds the time, a level stands for it.
+
+    Under a server that has a log of its own the lines go there, as it writes them.
+    """
+    layout = "%(asctime)sZ %(message)s"
+    stream = os.environ.get("JOURNAL_STREAM")       # systemd.exec(5): device:inode
+    if stream and stream == "{0.st_dev}:{0.st_ino}".format(os.fstat(2)):
+        layout = "%(levelname)s%(message)s"
+        for level, priority in ((20, 6), (30, 4), (40, 3), (50, 2)):    # sd-daemon(3)
+            logging.addLevelName(level, f"<{priority}>")
+    formatter = logging.Formatter(layout, "%FT%T")
+    formatter.converter = time.gmtime
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger("waitress.queue").setLevel("ERROR")   # a line for each that waits
+    log.setLevel("INFO")
+    log.info("start: inbound %s on %s", VERSION, path)
+    atexit.register(log.info, "stop")
 
 
 def printable(text: str) -> str:
@@ -2777,49 +2812,83 @@ class TerseSMTPS(TerseSMTP, smtplib.SMTP_SSL):
 GREETING = """A new database. Whoever posts mail has to know this secret:\n\n  {secret}\n
 Paste this into your provider's inbound webhook, with your own https host name in it:\n
   {url}?secret={secret}\n\nTry it:\n
-  curl -H 'X-Mobieus-Inbound-Secret: {secret}' -H 'Content-Type: application/json' {url} \\
+  curl {at}-H 'X-Mobieus-Inbound-Secret: {secret}' \
+-H 'Content-Type: application/json' {url} \\
     -d '{{"from": "ada@example.org", "text": "It works.", \
 "message_id": "<{id}@example.org>"}}'
 """
 
 
 def serve(store: Store, *, listen: str = "127.0.0.1:8080") -> None:
-    """inbound serve [--listen 127.0.0.1:8080]
+    """inbound serve [--listen 127.0.0.1:8080 | unix:/path]
 
     Make the database if there is none, answer the endpoint, and send the outbox.
+
+    A socket at unix:/path is for the processes of its group: the proxy's.
     """
     import waitress  # the only verb that needs it
 
-    logging.Formatter.converter = time.gmtime
-    logging.basicConfig(format="%(asctime)sZ %(message)s", datefmt="%FT%T", level="INFO")
-    logging.getLogger("waitress.queue").setLevel("ERROR")   # a line for each that waits
+    start_log(store.path)
     try:
         server = waitress.create_server(
-            make_app(store), listen=listen, threads=THREADS, channel_timeout=30,
+            make_app(store), **place_of(listen), threads=THREADS, channel_timeout=30,
             cleanup_interval=5, max_request_header_size=16384, connection_limit=1000,
             asyncore_use_poll=True, max_request_body_size=MAX_BODY + 1)
     except (OSError, ValueError) as error:
         raise Refused(503, f"cannot listen on {listen!r}: {error}") from None
     for number in (signal.SIGTERM, signal.SIGINT):  # SystemExit: what is in flight ends
         signal.signal(number, lambda *_: sys.exit(0))
+    path = listen.partition("unix:")[2]
     port = getattr(server, "effective_port", None) or server.effective_listen[0][1]
+    host = "localhost" if path else f"{listen.rpartition(':')[0]}:{port}"
     stopping = threading.Event()
     courier = threading.Thread(target=run_courier, args=(store, stopping), daemon=True)
     try:
         # It listens before it opens: a taken port shall not use up the greeting.
         text = GREETING if store.open() else (
-            "listening: {url} (`inbound secret` prints the secret)")
+            "listening: {at}{url} (`inbound secret` prints the secret)")
         courier.start()
-        print(text.format(url=f"http://{listen.rpartition(':')[0]}:{port}{ENDPOINT}",
-                          id=secrets.token_hex(8),
-                          secret=store.accounts()[0]["inbound_secret"]), flush=True)
+        print(text.format(
+            at=f"--unix-socket {shlex.quote(path)} " if path else "",
+            url=f"http://{host}{ENDPOINT}", id=secrets.token_hex(8),
+            secret=store.accounts()[0]["inbound_secret"]), flush=True)
+        notify("READY=1")
         server.run()
     finally:
+        notify("STOPPING=1")
+        if path:    # first: as long as we listen no other server has its own there
+            Path(path).unlink(missing_ok=True)
         stopping.set()
         store.has_mail.set()
         server.close()
         if courier.is_alive():      # what it is sending is sent again when its lease ends
             courier.join(LOOK)
+
+
+def place_of(listen: str) -> Row:
+    """--listen as waitress takes it; OSError where another server listens on the socket.
+
+    What a dead one left there waitress replaces. It would a live one's, too.
+    """
+    path = listen.partition("unix:")[2]
+    if not path:
+        return {"listen": listen}
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as client:
+        client.settimeout(1)
+        try:
+            client.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return {"unix_socket": path, "unix_socket_perms": "660"}
+    raise OSError("another server listens there")
+
+
+def notify(state: str) -> None:
+    """Tell systemd, where it asks for it (sd_notify(3)), that we are ready or stopping."""
+    address = re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", ""))
+    if address:
+        with (contextlib.suppress(OSError),
+              socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd):
+            systemd.sendto(state.encode(), address)
 
 
 def run_courier(store: Store, stopping: threading.Event) -> None:
@@ -3454,7 +3523,7 @@ def run_verb(given: dict[str, str], words: list[str], clock: Callable[[], float]
     """Call the verb and print what it returns."""
     name, words = verb_of(words)
     function = VERBS[name]
-    path = given.pop("db", "") or os.environ.get("INBOUND_DB") or "inbound.db"
+    path = given.pop("db", "") or default_path()
     try:
         options = options_of(function, given, words)
         with contextlib.closing(Store(path, clock, checkpoints=name == "serve")) as store:

@@ -1,0 +1,208 @@
+"""`serve` under systemd and behind a proxy: sockets, readiness, whose address counts, the log."""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import stat
+import subprocess
+import sys
+
+import pytest
+
+import inbound
+from conftest import URL
+
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ "
+
+
+class Unit:
+    """`inbound serve` as systemd starts it: it says on NOTIFY_SOCKET when it is ready."""
+
+    def __init__(self, folder, *argv, address="\0inbound-tests-", env=None):
+        self.systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.systemd.settimeout(20)
+        self.systemd.bind(address + str(os.getpid()) if address[0] == "\0" else address)
+        self.log = folder / "log"
+        name = self.systemd.getsockname()
+        name = name if isinstance(name, str) else "@" + name[1:].decode()
+        with self.log.open("ab") as log:
+            at = os.fstat(log.fileno())
+            env = {name: value.format(at) for name, value in (env or {}).items()}
+            environment = {name: value for name, value in os.environ.items()
+                           if not name.startswith("INBOUND_")}
+            self.process = subprocess.Popen(
+                [sys.executable, inbound.__file__, "serve", *argv], cwd=folder, text=True,
+                stdout=subprocess.PIPE, stderr=log,
+                env=environment | {"PYTHONUNBUFFERED": "1", "NOTIFY_SOCKET": name} | env)
+
+    def said(self):
+        return self.systemd.recv(99)
+
+    def stop(self):
+        """End it; return what it printed."""
+        with contextlib.closing(self.systemd):
+            self.process.send_signal(signal.SIGTERM)
+            return self.process.communicate(timeout=20)[0]
+
+
+@pytest.fixture
+def start(tmp_path):
+    units = []
+
+    def started(*argv, **more):
+        units.append(Unit(tmp_path, *argv, **more))
+        assert units[-1].said() == b"READY=1"
+        return units[-1]
+
+    yield started
+    for unit in units:
+        unit.stop()
+
+
+def over(path, method="GET", url="/healthz", *more):
+    """A request to a unix socket: (status, object)."""
+    connection = http.client.HTTPConnection("localhost", timeout=20)
+    connection.sock = socket.socket(socket.AF_UNIX)
+    with contextlib.closing(connection):
+        connection.sock.connect(str(path))
+        connection.request(method, url, *more)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+
+def serve_fails(folder, *argv):
+    """Assert that `serve` ends with one line of words; return them."""
+    done = subprocess.run([sys.executable, inbound.__file__, "serve", *argv], cwd=folder,
+                          capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done
+    [words] = re.findall("^inbound: (.+)$", done.stderr, re.M)
+    return words
+
+
+# Where it listens ---------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_a_socket_is_for_the_owner_and_its_group_and_goes_with_the_server(start, tmp_path):
+    path = tmp_path / "inbound.sock"
+    unit = start("--listen", f"unix:{path}")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o660
+    assert over(path)[0] == 200
+    unit.stop()
+    assert not path.exists()
+
+
+@pytest.mark.slow
+def test_the_curl_that_is_printed_reaches_a_socket_too(start, tmp_path):
+    unit = start("--listen", f"unix:{tmp_path}/with blank.sock")
+    printed = ""
+    while "-d '" not in printed:
+        printed += unit.process.stdout.readline()
+    done = subprocess.run(shlex.split("curl " + printed.partition("curl ")[2]),
+                          capture_output=True, text=True, timeout=20)
+    assert json.loads(done.stdout)["status"] == "created", done
+    unit.stop()
+    again = start("--listen", "unix:short.sock")
+    assert "listening: --unix-socket short.sock http://localhost/api/" in again.stop()
+
+
+@pytest.mark.slow
+def test_what_a_dead_server_left_is_replaced(start, tmp_path):
+    path = tmp_path / "inbound.sock"
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as dead:
+        dead.bind(str(path))
+    start("--listen", f"unix:{path}")
+    assert over(path)[0] == 200
+
+
+@pytest.mark.slow
+def test_a_live_servers_socket_is_left_alone(start, tmp_path):
+    path = tmp_path / "inbound.sock"
+    start("--listen", f"unix:{path}")
+    assert "another server listens there" in serve_fails(tmp_path, "--listen", f"unix:{path}")
+    assert over(path)[0] == 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place, words", [
+    ("unix:file", "'unix:file': .*in use"), ("unix:none/here.sock", "No such file"),
+    ("unix:" + "x" * 200, "too long"), ("unix:", "cannot listen"), ("unix:.", "in use")])
+def test_what_is_no_place_for_a_socket_is_refused_in_a_sentence(tmp_path, place, words):
+    file = tmp_path / "file"
+    file.write_text("a letter")
+    assert re.search(words, serve_fails(tmp_path, "--listen", place))
+    assert file.read_text() == "a letter" and not (tmp_path / "inbound.db").exists()
+
+
+# Under systemd ------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.parametrize("abstract", [True, False])
+def test_systemd_is_told_when_it_answers_and_when_it_stops(start, tmp_path, abstract):
+    address = "\0inbound-tests-" if abstract else str(tmp_path / "notify")
+    unit = start("--listen", "unix:inbound.sock", address=address)
+    assert over(tmp_path / "inbound.sock")[0] == 200
+    unit.process.send_signal(signal.SIGTERM)
+    assert unit.said() == b"STOPPING=1"
+
+
+@pytest.mark.slow
+def test_nobody_at_the_notify_socket_costs_nothing(tmp_path, serve):
+    served = serve(env={"NOTIFY_SOCKET": str(tmp_path / "nobody")})
+    assert served.stop() == 0
+
+
+@pytest.mark.parametrize("environment, path", [
+    ({}, "inbound.db"), ({"INBOUND_DB": ""}, "inbound.db"), ({"INBOUND_DB": "a"}, "a"),
+    ({"STATE_DIRECTORY": "/var/lib/inbound"}, "/var/lib/inbound/inbound.db"),
+    ({"STATE_DIRECTORY": "/var/lib/a:/var/lib/b"}, "/var/lib/a/inbound.db"),
+    ({"STATE_DIRECTORY": "/var/lib/inbound", "INBOUND_DB": "/b.db"}, "/b.db")])
+def test_the_database_is_where_the_environment_says(monkeypatch, environment, path):
+    for name in ("INBOUND_DB", "STATE_DIRECTORY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert inbound.default_path() == path
+
+
+@pytest.mark.slow
+def test_a_service_has_its_database_in_its_state_directory(start, tmp_path):
+    (tmp_path / "state").mkdir()
+    start("--listen", "unix:inbound.sock", env={"STATE_DIRECTORY": str(tmp_path / "state")})
+    assert (tmp_path / "state/inbound.db").exists() and not (tmp_path / "inbound.db").exists()
+
+
+# The log ------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_start_stop_and_each_request_are_a_line_with_the_time(start, tmp_path):
+    unit = start("--listen", "unix:inbound.sock")
+    over(tmp_path / "inbound.sock", "POST", URL)
+    unit.stop()
+    begin, request, end = unit.log.read_text().splitlines()
+    assert re.fullmatch(rf"{TIME}start: inbound {inbound.VERSION} on inbound\.db", begin)
+    assert re.fullmatch(TIME + '401 0B [0-9]+ms localhost "error": "no right secret .*"', request)
+    assert re.fullmatch(f"{TIME}stop", end)
+
+
+@pytest.mark.slow
+def test_journald_gets_a_level_and_no_second_time(start, tmp_path):
+    unit = start("--listen", "unix:inbound.sock",
+                 env={"JOURNAL_STREAM": "{0.st_dev}:{0.st_ino}"})
+    over(tmp_path / "inbound.sock", "POST", URL)
+    (tmp_path / "inbound.db").rename(tmp_path / "gone.db")
+    assert over(tmp_path / "inbound.sock")[0] == 503
+    unit.stop()
+    lines = unit.log.read_text().splitlines()
+    assert [line.partition(" ")[0] for line in lines] == ["<6>start:", "<6>401", "<3>503", "<6>stop"]
+
+
+@pytest.mark.slow
+def test_where_the_log_goes_elsewhere_than_to_the_journal_it_has_its_time(start):
+    unit = start("--listen", "unix:inbound.sock", env={"JOURNAL_STREAM": "1:1"})
+    unit.stop()
+    assert re.match(f"{TIME}start", unit.log.read_text())
