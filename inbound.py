@@ -64,6 +64,7 @@ import html
 import http.client
 import inspect
 import io
+import ipaddress
 import json
 import logging
 import os
@@ -235,16 +236,19 @@ ANSWER_HEADERS = {
     405: [("Allow", "GET, HEAD, POST")],
     503: [("Retry-After", "10")]}
 HEAVY_LOCK = threading.Lock()
+TRUSTED_PROXY = os.environ.get("INBOUND_TRUSTED_PROXY", "")
+LOOPBACK = ("127.0.0.1", "::1")
 Answer = tuple[int, Row, "str | None"]      # status, JSON object, text in its place
 Start = Callable[..., Any]                  # WSGI's start_response
 Wsgi = Callable[[Row, Start], list[bytes]]
 
 
-def make_app(store: Store) -> Wsgi:
+def make_app(store: Store, trusted_proxy: str = TRUSTED_PROXY) -> Wsgi:
     """Return the WSGI application (PEP 3333) that files mail in `store`."""
 
     def app(environ: Row, start_response: Start) -> list[bytes]:
         began = time.perf_counter()
+        environ["REMOTE_ADDR"] = client_of(environ, trusted_proxy)
         text = None
         try:
             status, content, text = respond(store, environ)
@@ -310,6 +314,20 @@ def start_log(path: str) -> None:
     log.setLevel("INFO")
     log.info("start: inbound %s on %s", VERSION, path)
     atexit.register(log.info, "stop")
+
+
+def client_of(environ: Row, trusted_proxy: str) -> str:
+    """The address of the client: as the trusted proxy says, or who is connected.
+
+    Only what the proxy itself added counts, the last of X-Forwarded-For, and only an
+    address. We do not leave it to waitress, which refuses a request for a broken one.
+    """
+    peer: str = environ.get("REMOTE_ADDR") or "localhost"       # at the end of a socket
+    if peer == trusted_proxy or trusted_proxy == "localhost" and peer in LOOPBACK:
+        last = environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2]
+        with contextlib.suppress(ValueError):
+            return str(ipaddress.ip_address(last.partition("%")[0].strip()))
+    return peer
 
 
 def printable(text: str) -> str:
@@ -529,7 +547,10 @@ def body_of(environ: Row) -> bytes:
     length = int(environ.get("CONTENT_LENGTH") or 0)
     is_open_ended = not length and environ.get("wsgi.input_terminated")
     most = MAX_BODY + 1 if is_open_ended else min(length, MAX_BODY + 1)
-    body: bytes = environ["wsgi.input"].read(most)
+    try:
+        body: bytes = environ["wsgi.input"].read(most)
+    except OSError as error:    # who hung up is told so by other servers than waitress
+        raise Refused(400, f"the body cannot be read: {error}") from None
     if len(body) > MAX_BODY:
         raise Refused(413, f"the body is larger than {MAX_BODY} bytes")
     if len(body) < length:
@@ -2817,47 +2838,48 @@ Paste this into your provider's inbound webhook, with your own https host name i
     -d '{{"from": "ada@example.org", "text": "It works.", \
 "message_id": "<{id}@example.org>"}}'
 """
+LISTENING = "listening: {at}{url} (`inbound secret` prints the secret)"
 
 
-def serve(store: Store, *, listen: str = "127.0.0.1:8080") -> None:
-    """inbound serve [--listen 127.0.0.1:8080 | unix:/path]
+def serve(store: Store, *, listen: str = "127.0.0.1:8080",
+          trusted_proxy: str = TRUSTED_PROXY) -> None:
+    """inbound serve [--listen 127.0.0.1:8080 | unix:/path] [--trusted-proxy ADDRESS]
 
     Make the database if there is none, answer the endpoint, and send the outbox.
 
-    A socket at unix:/path is for the processes of its group: the proxy's.
+    A socket at unix:/path is for the processes of its group: the proxy's. The proxy that
+    connects from ADDRESS, `localhost` of a socket or this machine, is believed who its
+    client is (X-Forwarded-For): in the log, and where wrong secrets are counted.
     """
     import waitress  # the only verb that needs it
 
     start_log(store.path)
     try:
+        if trusted_proxy not in ("", "localhost"):
+            ipaddress.ip_address(trusted_proxy)
         server = waitress.create_server(
-            make_app(store), **place_of(listen), threads=THREADS, channel_timeout=30,
-            cleanup_interval=5, max_request_header_size=16384, connection_limit=1000,
-            asyncore_use_poll=True, max_request_body_size=MAX_BODY + 1)
+            make_app(store, trusted_proxy), **place_of(listen), threads=THREADS,
+            channel_timeout=30, cleanup_interval=5, max_request_header_size=16384,
+            connection_limit=1000, asyncore_use_poll=True,
+            max_request_body_size=MAX_BODY + 1, clear_untrusted_proxy_headers=False)
     except (OSError, ValueError) as error:
         raise Refused(503, f"cannot listen on {listen!r}: {error}") from None
     for number in (signal.SIGTERM, signal.SIGINT):  # SystemExit: what is in flight ends
         signal.signal(number, lambda *_: sys.exit(0))
-    path = listen.partition("unix:")[2]
     port = getattr(server, "effective_port", None) or server.effective_listen[0][1]
-    host = "localhost" if path else f"{listen.rpartition(':')[0]}:{port}"
     stopping = threading.Event()
     courier = threading.Thread(target=run_courier, args=(store, stopping), daemon=True)
     try:
         # It listens before it opens: a taken port shall not use up the greeting.
-        text = GREETING if store.open() else (
-            "listening: {at}{url} (`inbound secret` prints the secret)")
+        greeting = GREETING if store.open() else LISTENING
         courier.start()
-        print(text.format(
-            at=f"--unix-socket {shlex.quote(path)} " if path else "",
-            url=f"http://{host}{ENDPOINT}", id=secrets.token_hex(8),
-            secret=store.accounts()[0]["inbound_secret"]), flush=True)
+        greet(greeting, listen, port, store.accounts()[0]["inbound_secret"])
         notify("READY=1")
         server.run()
     finally:
         notify("STOPPING=1")
-        if path:    # first: as long as we listen no other server has its own there
-            Path(path).unlink(missing_ok=True)
+        if listen.startswith("unix:"):  # first: while we listen it is nobody else's
+            Path(listen[5:]).unlink(missing_ok=True)
         stopping.set()
         store.has_mail.set()
         server.close()
@@ -2870,9 +2892,9 @@ def place_of(listen: str) -> Row:
 
     What a dead one left there waitress replaces. It would a live one's, too.
     """
-    path = listen.partition("unix:")[2]
-    if not path:
+    if not listen.startswith("unix:"):
         return {"listen": listen}
+    path = listen[5:]
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as client:
         client.settimeout(1)
         try:
@@ -2880,6 +2902,15 @@ def place_of(listen: str) -> Row:
         except (ConnectionRefusedError, FileNotFoundError):
             return {"unix_socket": path, "unix_socket_perms": "660"}
     raise OSError("another server listens there")
+
+
+def greet(greeting: str, listen: str, port: int, secret: str) -> None:
+    """Print where mail is posted to, as arguments of curl."""
+    at, host = "", f"{listen.rpartition(':')[0]}:{port}"
+    if listen.startswith("unix:"):
+        at, host = f"--unix-socket {shlex.quote(listen[5:])} ", "localhost"
+    print(greeting.format(at=at, url=f"http://{host}{ENDPOINT}", secret=secret,
+                          id=secrets.token_hex(8)), flush=True)
 
 
 def notify(state: str) -> None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import http.client
+import io
 import json
+import logging
 import os
 import re
 import shlex
@@ -15,7 +17,7 @@ import sys
 import pytest
 
 import inbound
-from conftest import URL
+from conftest import HEADER, SECRET, URL, WRONG, File, eventually, mail_from
 
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ "
 
@@ -206,3 +208,135 @@ def test_where_the_log_goes_elsewhere_than_to_the_journal_it_has_its_time(start)
     unit = start("--listen", "unix:inbound.sock", env={"JOURNAL_STREAM": "1:1"})
     unit.stop()
     assert re.match(f"{TIME}start", unit.log.read_text())
+
+
+@pytest.mark.slow
+def test_another_server_gets_the_same_lines(file, tmp_path):
+    """Any server that configures no logging: wsgiref's, that logs its own requests beside."""
+    script = """if True:
+        import http.client, inbound, threading, wsgiref.simple_server as simple
+        server = simple.make_server("127.0.0.1", 0, inbound.app)
+        threading.Thread(target=server.handle_request).start()
+        client = http.client.HTTPConnection("127.0.0.1", server.server_port)
+        client.request("POST", "/x", headers={"X-Forwarded-For": "198.51.100.7"})
+        client.getresponse().read()
+        server.server_close()
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=20,
+        env={**os.environ, "INBOUND_DB": str(file.path), "INBOUND_TRUSTED_PROXY": "127.0.0.1"})
+    lines = [line for line in done.stderr.splitlines() if re.match(TIME, line)]
+    assert re.fullmatch(f"{TIME}start: inbound .*", lines[0])
+    assert re.fullmatch(rf'{TIME}404 0B \d+ms 198\.51\.100\.7 "error": .*', lines[1])
+    assert re.fullmatch(f"{TIME}stop", lines[2]) and "Traceback" not in done.stderr
+
+
+def is_read_only(desk):
+    desk.store.write(lambda db, now: db.execute("PRAGMA query_only = 1"))
+
+
+def is_gone(desk):
+    desk.store.close()
+    desk.path.unlink()
+
+
+@pytest.mark.parametrize("words, trouble", [
+    ("readonly", is_read_only), ("no database at", is_gone), ("locked", File.locked),
+    ("replaced or deleted", lambda desk: desk.path.unlink())])
+def test_a_known_fault_is_one_line_and_no_traceback(desk, caplog, impatient, words, trouble):
+    desk.post(mail_from("before"))
+    caplog.set_level(logging.INFO)
+    with trouble(desk) or contextlib.nullcontext():
+        desk.post(mail_from("during"), status=503)
+    [record] = [record for record in caplog.records if record.name == "inbound"]
+    assert words in record.getMessage() and record.levelno == logging.ERROR
+    assert record.exc_info is None
+
+
+def test_a_client_that_hangs_up_is_one_line_and_no_traceback(desk, caplog):
+    class Broken(io.BytesIO):
+        def read(self, size=-1):
+            raise OSError("client disconnected")
+    caplog.set_level(logging.INFO)
+    answers = []
+    environ = {"REQUEST_METHOD": "POST", "PATH_INFO": URL, "CONTENT_LENGTH": "9",
+               "HTTP_X_MOBIEUS_INBOUND_SECRET": SECRET, "wsgi.input": Broken()}
+    inbound.make_app(desk.store)(environ, lambda status, headers: answers.append(status))
+    assert answers == ["400 Bad Request"]
+    [record] = [record for record in caplog.records if record.name == "inbound"]
+    assert "client disconnected" in record.getMessage() and record.exc_info is None
+
+
+# Whose address counts -----------------------------------------------------------------------------
+
+CLIENTS = [     # who is trusted, who is connected, X-Forwarded-For, who is the client
+    ("", "192.0.2.1", "198.51.100.7", "192.0.2.1"),
+    ("192.0.2.1", "192.0.2.1", "198.51.100.7", "198.51.100.7"),
+    ("192.0.2.1", "192.0.2.9", "198.51.100.7", "192.0.2.9"),
+    ("192.0.2.1", "192.0.2.1", None, "192.0.2.1"),
+    ("192.0.2.1", "192.0.2.1", "203.0.113.1, 198.51.100.7", "198.51.100.7"),
+    ("192.0.2.1", "192.0.2.1", "203.0.113.1,  198.51.100.7 ", "198.51.100.7"),
+    ("192.0.2.1", "192.0.2.1", "2001:DB8::7", "2001:db8::7"),
+    ("192.0.2.1", "192.0.2.1", "fe80::7%eth0 401 forged", "fe80::7"),
+    ("192.0.2.1", "192.0.2.1", "", "192.0.2.1"),
+    ("192.0.2.1", "192.0.2.1", "198.51.100.7,", "192.0.2.1"),
+    ("192.0.2.1", "192.0.2.1", "unknown", "192.0.2.1"),
+    ("192.0.2.1", "192.0.2.1", '"[::1', "192.0.2.1"),
+    ("192.0.2.1", "192.0.2.1", "\xff\x00" * 2000, "192.0.2.1"),
+    ("::1", "::1", "198.51.100.7", "198.51.100.7"),
+    ("localhost", "", "198.51.100.7", "198.51.100.7"),
+    ("localhost", None, "198.51.100.7", "198.51.100.7"),
+    ("localhost", "localhost", "198.51.100.7", "198.51.100.7"),
+    ("localhost", "127.0.0.1", "198.51.100.7", "198.51.100.7"),
+    ("localhost", "::1", "198.51.100.7", "198.51.100.7"),
+    ("localhost", "192.0.2.1", "198.51.100.7", "192.0.2.1"),
+    ("", "", "198.51.100.7", "localhost"),
+    ("", None, "198.51.100.7", "localhost"),
+]
+
+
+@pytest.mark.parametrize("trusted, peer, forwarded, client", CLIENTS)
+def test_the_client_is_who_the_trusted_proxy_saw(trusted, peer, forwarded, client):
+    environ = {"REMOTE_ADDR": peer, "HTTP_X_FORWARDED_FOR": forwarded}
+    environ = {name: value for name, value in environ.items() if value is not None}
+    assert inbound.client_of(environ, trusted) == client
+
+
+@pytest.mark.slow
+def test_a_proxys_client_is_logged_and_counted_and_a_broken_header_costs_no_mail(file, serve):
+    served = serve("inbound.db", "--trusted-proxy", "127.0.0.1")
+    for number, forwarded in enumerate([
+            "203.0.113.1, 198.51.100.7", 'x"[,', "unknown", ",,", "[::1", "", "1.2.3.4:5:6"]):
+        headers = {HEADER: SECRET, "X-Forwarded-For": forwarded, "X-Forwarded-Proto": "a,b",
+                   "Forwarded": 'for="', "X-Forwarded-Port": "1,2"}
+        assert served.post(mail_from(f"mail{number}"), headers=headers)[0] == 200, forwarded
+    refused = {HEADER: WRONG, "X-Forwarded-For": "203.0.113.1, 198.51.100.9"}
+    assert served.post({}, headers=refused)[0] == 401
+    eventually(lambda: file.sql("SELECT client FROM refused_caller") == [("198.51.100.9",)])
+    served.stop()
+    log = served.log_text()
+    assert re.search(r"^\S+ 200 \d+B \d+ms 198\.51\.100\.7 ", log, re.M)
+    assert re.search(r"^\S+ 401 \d+B \d+ms 198\.51\.100\.9 ", log, re.M)
+    assert "203.0.113.1" not in log
+
+
+@pytest.mark.slow
+def test_a_stranger_gives_himself_no_other_address(file, serve):
+    served = serve()
+    headers = {HEADER: WRONG, "X-Forwarded-For": "198.51.100.9"}
+    assert served.post({}, headers=headers)[0] == 401
+    served.stop()
+    assert "198.51.100.9" not in served.log_text() and " 127.0.0.1 " in served.log_text()
+
+
+@pytest.mark.slow
+def test_a_proxy_at_the_socket_is_trusted_by_the_name_localhost(start, tmp_path):
+    unit = start("--listen", "unix:inbound.sock", "--trusted-proxy", "localhost")
+    over(tmp_path / "inbound.sock", "POST", URL, "", {"X-Forwarded-For": "198.51.100.7"})
+    unit.stop()
+    assert re.search(r" 401 0B \d+ms 198\.51\.100\.7 ", unit.log.read_text())
+
+
+@pytest.mark.slow
+def test_a_trusted_proxy_that_is_no_address_is_refused(tmp_path):
+    assert "'proxy.example' does not" in serve_fails(tmp_path, "--trusted-proxy", "proxy.example")
