@@ -31,6 +31,7 @@ Usage: inbound [--db FILE] VERB      (FILE: $INBOUND_DB, else inbound.db, in the
   relay URL [--sender ADDRESS] [--secret-file FILE]   post the mail on standard input
   outbox [list | show ID | send | retry ID | retry all]     mail on its way out
   rejected [list | show ID | replay [ID] | delete ID]       posts that became no message
+  import PATH                         bring in an mbox or a Maildir, confirming nothing
   doctor [--url URL]                  check everything, say what to do, exit 1 on a FAIL
   backup FILE                         a whole copy of the live database
   forget ADDRESS                      erase a person
@@ -125,6 +126,7 @@ GIVE_UP = 24 * 3600         # seconds after which undelivered mail is failed
 FIRST_WAIT = 60             # seconds before the second try, doubled with each …
 MAX_WAIT = 3600             # … up to this
 MAX_REPLY = 2**16           # bytes of one SMTP reply; past it the session is over
+TELL = 60                   # seconds between two lines on progress, where no terminal is
 
 
 # -----------------------------------------------------------------------------------------
@@ -2353,6 +2355,10 @@ def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
     which the writer's lock makes safe: so a repeat writes nothing and costs no fsync.
     """
     account, message, kind = post.account, filing.message, filing.kind
+    received_at, withheld = post.received_at or now, filing.withheld
+    if post.content_type == IMPORTED:
+        now = received_at = date_of(message, now)
+        withheld = withheld or "it was imported"
     known = db.execute(KNOWN, [
         account["id"], message.message_id, message.digest]).fetchone()
     if known and known["digest"] == message.digest:
@@ -2368,20 +2374,33 @@ def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
     draft, due = None, "no confirmation: it opened no ticket"
     if ticket:
         status, confirmation = "appended", "not due"
-        touch_ticket(db, now, ticket, message, kind)
+        is_news = post.content_type != IMPORTED or now > ticket["updated_at"]
+        touch_ticket(db, now, ticket, message, kind, is_news)
     else:
         ticket, status = open_ticket(db, now, account, message, kind), "created"
-        draft, due = confirm(db, now, post, ticket, message, filing.withheld)
+        draft, due = confirm(db, now, post, ticket, message, withheld)
         confirmation = "queued" if draft else "withheld"
     reason = f"{filing.reason}; {found}; {due}"
-    row = insert_message(
-        db, post.received_at or now, ticket, message, reason, kind, confirmation)
+    row = insert_message(db, received_at, ticket, message, reason, kind, confirmation)
     if draft:
         send_later(db, now, ticket, draft, "confirmation")
     elif kind == "bounce":
         fail_bounced(db, account, message)
     return {"status": status, "ticket": ticket["reference"], "message": row, "kind": kind,
             "confirmation": confirmation, "reason": reason}
+
+
+IMPORTED = "message/rfc822; imported=yes"       # Content-Type of what `import` posts
+
+
+def date_of(message: Message, now: int) -> int:
+    """When a mail says it was written; now, where that makes no sense or is yet to come."""
+    written = 0
+    for date in header_values(message.headers, "date")[:1]:
+        with contextlib.suppress(ValueError, OverflowError, IndexError):
+            parsed = email.utils.parsedate_tz(date[:200])
+            written = email.utils.mktime_tz(parsed) if parsed else 0
+    return written if 378_691_200 < written < now else now      # 1982, as is RFC 822
 
 
 def open_ticket(db: DB, now: int, account: Row, message: Message, kind: str) -> Row:
@@ -2400,7 +2419,8 @@ NEW_TICKET = """
         :from_address, :from_name, :now, :now) RETURNING *"""
 
 
-def touch_ticket(db: DB, now: int, ticket: Row, message: Message, kind: str) -> None:
+def touch_ticket(db: DB, now: int, ticket: Row, message: Message, kind: str,
+                 is_news: bool) -> None:
     """A party's own words open a closed ticket again; no machine's, and no stranger's.
 
     Parties are the requester and whom a mail of ours on the ticket went to.
@@ -2413,9 +2433,9 @@ def touch_ticket(db: DB, now: int, ticket: Row, message: Message, kind: str) -> 
     if not is_party and kind not in ("bounce", "auto-reply"):
         message.notes.append(
             f"written by a stranger to this ticket: {message.from_address}")
-    db.execute(
-        "UPDATE ticket SET updated_at = ?, status = iif(?, 'open', status) WHERE id = ?",
-        [now, kind == "human" and bool(is_party), ticket["id"]])
+    db.execute("""UPDATE ticket SET updated_at = ?, status = iif(?, 'open', status)
+        WHERE id = ? AND ?""", [
+            now, kind == "human" and bool(is_party), ticket["id"], is_news])
 
 
 def insert_message(db: DB, now: int, ticket: Row, message: Message, reason: str,
@@ -3339,10 +3359,8 @@ def rejected_replay(store: Store, identifier: str = "") -> Any:
 
 def replay(store: Store, identifier: str) -> Row:
     row = rejected_row(store, identifier)
-    accounts = store.rows("""SELECT * FROM email_account
-        ORDER BY id = ? DESC, is_default DESC, id""", [row["email_account"]])
-    own = [account["address"] for account in accounts]
-    post = Post(accounts[0], own, row["content_type"], row["body"], row["received_at"])
+    post = post_from_inside(store, row["email_account"], row["content_type"], row["body"],
+                            row["received_at"])
     try:
         answer = receive(store, post)[1]
     except Refused as refusal:
@@ -3353,6 +3371,15 @@ def replay(store: Store, identifier: str) -> Row:
     return {"id": row["id"], **answer}
 
 
+def post_from_inside(store: Store, account: int | None, content_type: str, body: bytes,
+                     received_at: int = 0) -> Post:
+    """A post for an account; for the default one, where that is gone."""
+    accounts = store.rows("""SELECT * FROM email_account
+        ORDER BY id = ? DESC, is_default DESC, id""", [account])
+    own = [account["address"] for account in accounts]
+    return Post(accounts[0], own, content_type, body, received_at)
+
+
 def rejected_delete(store: Store, identifier: str) -> Any:
     """inbound rejected delete ID [--json]
 
@@ -3361,6 +3388,78 @@ def rejected_delete(store: Store, identifier: str) -> Any:
     row = rejected_row(store, identifier)
     return store.write(run_one, "DELETE FROM rejected WHERE id = ? RETURNING id, reason", [
         row["id"]])[0]
+
+
+def import_(store: Store, path: str, *, account: str = "") -> Any:
+    """inbound import PATH [--account ADDRESS] [--json]
+
+    Bring in an mbox, a Maildir (its folders cur and new) or one mail: as if posted, with
+    the mails' own dates, and confirming nothing. What is there already is not stored
+    again: run it once more to go on where it ended.
+    """
+    identifier = chosen_account(store, account)["id"]
+    files = [*Path(path).glob("cur/[!.]*"), *Path(path).glob("new/[!.]*")] or [Path(path)]
+    if files[0].is_dir():
+        raise Refused(404, f"{path!r} is a folder without mails in `cur` and `new`")
+    size = sum(file.stat().st_size for file in files) or 1
+    outcomes = ("created", "appended", "duplicate", "quarantined", "too_large")
+    counts = dict.fromkeys(outcomes, 0)
+    done = 0
+    with progress(lambda: done / size):
+        for file in sorted(files, key=lambda file: file.name):      # begins with the time
+            for mail in filter(bytes.strip, mails_in(file)):
+                status = "too_large"
+                if len(mail) <= MAX_BODY:
+                    post = post_from_inside(store, identifier, IMPORTED, mail)
+                    status = receive(store, post)[1]["status"]
+                counts[status] += 1
+                done += len(mail)
+    return counts
+
+
+# With a time: some programs leave a `From ` in a text as it is.
+FROM_LINE = re.compile(b"From .{,300}[0-9]:[0-9][0-9]")
+
+
+def mails_in(file: Path) -> Iterator[bytes]:
+    """Each mail of an mbox (mboxrd), or the one that a file is; little over MAX_BODY."""
+    with open(file, "rb") as lines:
+        line = lines.readline(1000)
+        if not FROM_LINE.match(line):
+            yield line + lines.read(MAX_BODY)
+            return
+        mail = bytearray()
+        while line:
+            line = lines.readline(MAX_BODY)
+            if not line or FROM_LINE.match(line):   # the line end before it is its own
+                yield bytes(mail).removesuffix(b"\n").removesuffix(b"\r")
+                mail.clear()
+            elif len(mail) < MAX_BODY + 3:
+                mail += line[1:] if re.match(b">+From ", line) else line
+
+
+@contextlib.contextmanager
+def progress(share: Callable[[], float]) -> Iterator[None]:
+    """Show how far the work is: a bar on a terminal, elsewhere a line now and then."""
+    is_terminal = sys.stderr.isatty()
+    is_over = threading.Event()
+
+    def show() -> None:
+        is_last = False
+        while not is_last:
+            is_last = is_over.wait(0.1 if is_terminal else TELL)
+            if is_terminal or not is_last:
+                bar = "#" * round(40 * share())
+                print(f"[{bar:40}] {share():4.0%}", file=sys.stderr, flush=True,
+                      end="\r" if is_terminal and not is_last else "\n")
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def doctor(store: Store, *, url: str = "") -> Any:
@@ -3452,7 +3551,10 @@ def backup(store: Store, file: str) -> Any:
         if os.path.realpath(file) == os.path.realpath(store.path):
             raise OSError("that is the database itself")
         os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600))
-        store.rows("VACUUM INTO ?", [str(part)])    # one read transaction: nobody waits
+        [size] = store.rows("""SELECT (page_count - freelist_count) * page_size AS bytes
+            FROM pragma_page_count, pragma_freelist_count, pragma_page_size""")
+        with progress(lambda: part.stat().st_size / size["bytes"]):
+            store.rows("VACUUM INTO ?", [str(part)])    # one read transaction: nobody waits
         with contextlib.closing(sqlite3.connect(part)) as copy:
             [words] = copy.execute("PRAGMA integrity_check(1)").fetchone()
             [messages] = copy.execute("SELECT count(*) FROM message").fetchone()
@@ -3505,8 +3607,8 @@ EACH_VERB: tuple[Verb, ...] = (
     serve, secret_show, secret_set, secret_rotate, account_list, account_show, account_add,
     account_set, tickets, show, attachment, reply, close, reopen, relay, outbox_list,
     outbox_show, outbox_send, outbox_retry, rejected_list, rejected_show, rejected_replay,
-    rejected_delete, doctor, backup, forget)
-VERBS = {function.__name__.replace("_", " "): function for function in EACH_VERB}
+    rejected_delete, import_, doctor, backup, forget)
+VERBS = {function.__name__.replace("_", " ").strip(): function for function in EACH_VERB}
 # What the first word of two means alone.
 ALONE = {"secret": "show", "account": "show", "outbox": "list", "rejected": "list"}
 
@@ -3526,6 +3628,8 @@ def main(argv: list[str] | None = None, clock: Callable[[], float] = time.time) 
         else:
             print((__doc__ or "").strip())
         sys.stdout.flush()
+    except KeyboardInterrupt:                   # a long import or backup is ended
+        return 130
     except BrokenPipeError:                     # `inbound tickets | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Refused, Usage, OSError, UnicodeError, sqlite3.IntegrityError) as error:
