@@ -117,6 +117,7 @@ LAST_REFERENCES = 80        # … and from its end, where the parent stands
 
 THREADS = 12                # of the server
 BUSY_TIMEOUT = 2.0          # seconds to wait for SQLite's lock, then 503. SIGTERM leaves 5
+REPLICATION = 2             # seconds to wait for the second machine, then 503
 REFUSALS_SHOWN = 3600       # seconds for which /healthz warns of a refused secret
 HOPELESS = 60               # seconds without a successful read or write: the server ends
 LEASE = 45                  # seconds a courier has a row, then it is anybody's again
@@ -2002,6 +2003,9 @@ def mailbox_key(address: str) -> str:
 # WAL with synchronous=FULL: SQLite's defaults lose acknowledged rows on a power cut. Of a
 # process only the writer checkpoints: before 3.51.3 SQLite may corrupt a file that two do
 # it to at once.
+#
+# Where there is a second machine, stored means there, too: Litestream copies the file, and
+# nobody is told 200 before it has.
 
 SCHEMA = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
 SCHEMA_VERSION, APPLICATION_ID = 2, 1768841828      # schema.sql's
@@ -2031,6 +2035,7 @@ class Store:
         self._writer: DB | None = None
         self._files: Row = {}                           # `files_at` when it was opened
         self._locked_until = 0.0                        # monotonic
+        self._replica = Replica("")
         self._reader_lock = threading.Lock()
         self._reader: DB | None = None
 
@@ -2092,6 +2097,10 @@ class Store:
                                if isinstance(path, str)})
                 for row in self.rows("SELECT name, fields FROM provider")]
 
+    def replica_socket(self) -> str:
+        """The path of Litestream's control socket; "" = there is one machine."""
+        return os.environ.get("INBOUND_REPLICA", "")
+
     def write(self, work: Work, *args: Any) -> Any:
         """Return the result of `work(connection, now, *args)` once it is synced.
 
@@ -2112,6 +2121,7 @@ class Store:
     def _commit(self) -> None:
         """One transaction for all that waits, and for who comes before its end."""
         results: dict[Future, Any] = {}
+        fault = ""
         try:
             writer = self._begin()
             while self._jobs:
@@ -2129,6 +2139,7 @@ class Store:
             self._refuse_if_replaced()
             if writer.total_changes:    # a look for mail that finds none proves nothing
                 self.failing_since = 0.0
+            fault = self._replica.fault(writer, self.path)
         except Exception as error:
             # No second fsync on a descriptor whose first failed: the next write opens anew.
             self._close_writer()
@@ -2144,6 +2155,8 @@ class Store:
                 if not future.done():
                     future.set_exception(error)
         for future, result in results.items():
+            if fault and not future.done():
+                future.set_exception(Refused(503, fault))
             if not future.done():
                 future.set_result(result)
 
@@ -2153,6 +2166,9 @@ class Store:
             self.open()
             self._writer = self._connect()
             self._files = {}
+            self._replica = Replica(self.replica_socket())
+            if self._replica.path:      # Litestream checkpoints what it has copied
+                self._writer.execute("PRAGMA wal_autocheckpoint = 0")
         wait = BUSY_TIMEOUT if time.monotonic() > self._locked_until else 0
         self._writer.execute(f"PRAGMA busy_timeout = {1000 * wait:.0f}")
         self._writer.execute("BEGIN IMMEDIATE")
@@ -2176,6 +2192,7 @@ class Store:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+            self._replica.close()
 
     def close(self) -> None:
         """Close when nobody is at work: SQLite crashes when closed under a query."""
@@ -2184,6 +2201,47 @@ class Store:
             if self._reader is not None:
                 self._reader.close()
                 self._reader = None
+
+
+class Replica(http.client.HTTPConnection):
+    """Litestream, by the control socket at `path`; the connection is kept."""
+
+    def __init__(self, path: str):
+        super().__init__("localhost", timeout=REPLICATION)
+        self.path = path
+        self.copied: Any = None
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
+
+    def fault(self, db: DB, path: str) -> str:
+        """Wait until all that is committed is copied; return why it is not, "" if it is.
+
+        A repeat writes nothing, and waits nevertheless if what it repeats was not copied,
+        whichever process wrote that.
+        """
+        if not self.path:
+            return ""
+        words = ""
+        changes = db.total_changes, db.execute("PRAGMA data_version").fetchone()
+        if changes == self.copied:
+            return ""
+        try:
+            self.request("POST", "/sync", json.dumps(
+                {"path": os.path.abspath(path), "wait": True, "timeout": REPLICATION}))
+            words = decode(self.getresponse().read(MAX_REPLY), None)
+            reply = json.loads(words)
+            if reply["replicated_txid"] >= reply["txid"] > 0:
+                self.copied = changes
+                return ""
+        except (OSError, http.client.HTTPException,
+                ValueError, TypeError, LookupError) as error:
+            words = words or repr(error)
+        self.close()
+        why = printable(str(at(json_in(words), "error", words)))[:200]
+        return f"stored, but not on the replica; send it again: {why}"
 
 
 def files_at(path: str) -> dict[str, Any]:
@@ -2867,9 +2925,9 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080",
 
     Make the database if there is none, answer the endpoint, and send the outbox.
 
-    A socket at unix:/path is for the processes of its group: the proxy's. The proxy that
-    connects from ADDRESS, `localhost` of a socket or this machine, is believed who its
-    client is (X-Forwarded-For): in the log, and where wrong secrets are counted.
+    A socket at unix:/path is for its owner and its group: the proxy's. --trusted-proxy
+    names the proxy whose X-Forwarded-For says who the client is, in the log and where
+    wrong secrets are counted: an IP address, or localhost for a socket or this machine.
     """
     import waitress  # the only verb that needs it
 
@@ -3422,7 +3480,7 @@ FROM_LINE = re.compile(b"From .{,300}[0-9]:[0-9][0-9]")
 
 
 def mails_in(file: Path) -> Iterator[bytes]:
-    """Each mail of an mbox (mboxrd), or the one that a file is; little over MAX_BODY."""
+    """Each mail of an mbox (mboxrd), or the one that a file is; cut off past MAX_BODY."""
     with open(file, "rb") as lines:
         line = lines.readline(1000)
         if not FROM_LINE.match(line):
@@ -3484,6 +3542,9 @@ def checks_of(store: Store) -> Iterator[Check]:
     _, content, _ = health(store)
     for words in [*content.get("reasons", []), *content.get("warnings", [])]:
         yield "state", False, words
+    if store.replica_socket():
+        yield (f"replica by {store.replica_socket()}", "the replica" not in str(content),
+               "see Litestream's log")
     is_mended = sqlite3.sqlite_version_info >= (3, 51, 3)
     fix = "has" if is_mended else "lacks, as all before 3.51.3 but 3.50.7 and 3.44.6,"
     yield f"SQLite {sqlite3.sqlite_version} {fix} the fix of the WAL-reset bug", True, ""
