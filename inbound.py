@@ -2931,7 +2931,6 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080",
     """
     import waitress  # the only verb that needs it
 
-    start_log(store.path)
     try:
         if trusted_proxy not in ("", "localhost"):
             ipaddress.ip_address(trusted_proxy)
@@ -2950,6 +2949,7 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080",
     try:
         # It listens before it opens: a taken port shall not use up the greeting.
         greeting = GREETING if store.open() else LISTENING
+        start_log(store.path)
         courier.start()
         greet(greeting, listen, port, store.accounts()[0]["inbound_secret"])
         notify("READY=1")

@@ -115,7 +115,8 @@ ANSWERS = [     # its answer, the HTTP status of ours, words in that
     ((404, {"error": "database not found"}), 503, "database not found"),
     ((200, {"txid": 6}), 503, '"txid": 6'),
     ((200, {"txid": "6", "replicated_txid": None}), 503, "null"),
-    ((200, {}), 503, "{}"), ((200, []), 503, "[]"), ((200, "no JSON\n\x1b[31m"), 503, r"no JSON\\n"),
+    ((200, {}), 503, "{}"), ((200, []), 503, "[]"),
+    ((200, "no JSON\n\x1b[31m"), 503, r"no JSON\\n"),
     ((200, ""), 503, "JSONDecodeError"), ((200, "6" * 99_999), 503, "666"),
     ((None, None), 503, "RemoteDisconnected")]
 
