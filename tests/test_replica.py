@@ -166,6 +166,14 @@ def test_what_is_kept_of_a_refused_post_is_waited_for_too(desk, litestream):
     assert desk.sql("SELECT status, tries FROM rejected") == [(422, 2)]
 
 
+def test_litestream_is_told_the_whole_path(desk, litestream, clock, monkeypatch):
+    monkeypatch.chdir(desk.path.parent)
+    store = inbound.Store(desk.path.name, clock)
+    store.write(lambda db, now: None)
+    assert litestream.asked[0][1]["path"] == str(desk.path)
+    store.close()
+
+
 # When it is asked ---------------------------------------------------------------------------------
 
 def test_a_repeat_waits_only_for_what_was_not_copied_before(desk, litestream):

@@ -13,6 +13,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -181,14 +182,16 @@ def test_a_service_has_its_database_in_its_state_directory(start, tmp_path):
 # The log ------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_start_stop_and_each_request_are_a_line_with_the_time(start, tmp_path):
-    unit = start("--listen", "unix:inbound.sock")
+def test_start_stop_and_each_request_are_a_line_with_the_time_in_utc(start, tmp_path):
+    began = time.strftime("%FT%H", time.gmtime())
+    unit = start("--listen", "unix:inbound.sock", env={"TZ": "Asia/Tokyo"})
     over(tmp_path / "inbound.sock", "POST", URL)
     unit.stop()
     begin, request, end = unit.log.read_text().splitlines()
     assert re.fullmatch(rf"{TIME}start: inbound {inbound.VERSION} on inbound\.db", begin)
     assert re.fullmatch(TIME + '401 0B [0-9]+ms localhost "error": "no right secret .*"', request)
     assert re.fullmatch(f"{TIME}stop", end)
+    assert began <= begin[:13] <= time.strftime("%FT%H", time.gmtime())
 
 
 @pytest.mark.slow
