@@ -249,7 +249,7 @@ def test_where_no_terminal_is_a_line_tells_how_far_it_is_now_and_then(monkeypatc
     def share():
         has_told.set()
         return 0.5
-    with inbound.progress(share):
+    with inbound.progress_bar(share):
         assert has_told.wait(20)
     lines = capsys.readouterr().err.splitlines()
     assert {*lines} == {f"[{'#' * 20:40}]  50%"}
