@@ -438,6 +438,8 @@ def receive(store: Store, post: Post) -> Steps:
         raise
     except Exception as error:      # undone; now it is kept
         answers = yield file_post, post, [fault_of(error, post, "filing")]
+    if len(post.body) > HEAVY:
+        store.let_go()
     if not answers:
         if reading.is_kept:
             yield keep, safe(post), 200, reading.notice
@@ -2256,6 +2258,11 @@ class Store:
             self._writer.close()
             self._writer = None
             self._replica.close()
+
+    def let_go(self) -> None:
+        """Give back the writer's copy of what it stored last, which its statement holds."""
+        with self._lock:
+            self._close_writer()
 
     def close(self) -> None:
         """Close when nobody is at work: SQLite crashes when closed under a query."""

@@ -1,9 +1,12 @@
 """The Dispatcher that stands in waitress's place: who shares a sync, and who waits for whom."""
 
+import base64
 import json
+import os
 import re
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 import waitress.server
@@ -226,3 +229,20 @@ def test_a_stop_sends_the_answers_that_were_due(desk, monkeypatch):
     made.server.task_dispatcher.shutdown()      # after which waitress's loop turns no more
     assert made.clients[0].recv(65536).startswith(b"HTTP/1.1 200")
     made.close()
+
+
+def test_the_memory_of_a_large_mail_is_given_back(serve):
+    served = serve()
+    served.set_account(inbound_secret=SECRET)
+    served.post(mail_from("first"))
+    before = resident(served)
+    for megabytes in (8, 24):
+        content = base64.b64encode(os.urandom(megabytes * 2**20)).decode()
+        assert served.post(mail_from(f"n{megabytes}", attachments=[{"content": content}]))[0] == 200
+        assert resident(served) - before < 8 * 2**20
+
+
+def resident(served):
+    """Bytes of memory that a server has."""
+    status = Path(f"/proc/{served.process.pid}/status").read_text()
+    return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])
