@@ -15,9 +15,11 @@ Five promises:
   5. Nobody can stop it with a mail, or from outside: whatever is parsed has a budget, and
      nothing is parsed for a stranger.
 
-Usage: inbound [--db FILE] VERB               (FILE: $INBOUND_DB, else inbound.db)
+Usage: inbound [--db FILE] VERB      (FILE: $INBOUND_DB, else inbound.db, in the
+                                      $STATE_DIRECTORY where systemd sets one)
 
-  serve [--listen 127.0.0.1:8080]     make the database if there is none, answer, send
+  serve [--listen 127.0.0.1:8080 | unix:/path]    make the database if there is none,
+                                      answer, send
   secret [show | set VALUE | rotate [--keep 24h]]     what callers of the endpoint must know
   account [list | show | add ADDRESS | set KEY=VALUE ...]   address, queue, relay, template
   tickets [open | closed | all]       list them; --queue, --from, --search, --limit
@@ -29,6 +31,7 @@ Usage: inbound [--db FILE] VERB               (FILE: $INBOUND_DB, else inbound.d
   relay URL [--sender ADDRESS] [--secret-file FILE]   post the mail on standard input
   outbox [list | show ID | send | retry ID | retry all]     mail on its way out
   rejected [list | show ID | replay [ID] | delete ID]       posts that became no message
+  import PATH                         bring in an mbox or a Maildir, confirming nothing
   doctor [--url URL]                  check everything, say what to do, exit 1 on a FAIL
   backup FILE                         a whole copy of the live database
   forget ADDRESS                      erase a person
@@ -42,6 +45,7 @@ As a WSGI application for another server: `inbound:app` (database from $INBOUND_
 
 from __future__ import annotations
 
+import atexit
 import base64
 import binascii
 import codecs
@@ -60,11 +64,13 @@ import html
 import http.client
 import inspect
 import io
+import ipaddress
 import json
 import logging
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import smtplib
@@ -112,6 +118,7 @@ THREADS = 32                # of the server, of which one works …
 PATIENCE = 0.05             # … and another where it is away for so many seconds
 GROUP = 2**17               # bytes of posts that share a sync; a larger one is alone
 BUSY_TIMEOUT = 2.0          # seconds to wait for SQLite's lock, then 503. SIGTERM leaves 5
+REPLICATION = 2             # seconds to wait for the second machine, then 503
 REFUSALS_SHOWN = 3600       # seconds for which /healthz warns of a refused secret
 HOPELESS = 60               # seconds without a successful read or write: the server ends
 LEASE = 45                  # seconds a courier has a row, then it is anybody's again
@@ -121,6 +128,7 @@ GIVE_UP = 24 * 3600         # seconds after which undelivered mail is failed
 FIRST_WAIT = 60             # seconds before the second try, doubled with each …
 MAX_WAIT = 3600             # … up to this
 MAX_REPLY = 2**16           # bytes of one SMTP reply; past it the session is over
+TELL = 60                   # seconds between two lines on progress, where no terminal is
 
 
 # -----------------------------------------------------------------------------------------
@@ -232,6 +240,8 @@ ANSWER_HEADERS = {
     405: [("Allow", "GET, HEAD, POST")],
     503: [("Retry-After", "10")]}
 HEAVY_LOCK = threading.Lock()
+TRUSTED_PROXY = os.environ.get("INBOUND_TRUSTED_PROXY", "")
+LOOPBACK = ("127.0.0.1", "::1")
 Answer = tuple[int, Row, "str | None"]      # status, JSON object, text in its place
 # Work on a request: it yields what it wants written, (Work, *args), and is sent the result.
 Steps = Generator[tuple[Any, ...], Any, Any]
@@ -249,7 +259,8 @@ def make_app(store: Store) -> Wsgi:
         status, content, text = progress.finish(store)
         line = json.dumps(content)
         # Escaped and capped: nobody outside writes a line of this log.
-        log.info("%d %sB %.0fms %s %s", status, environ.get("CONTENT_LENGTH") or 0,
+        level = logging.ERROR if status >= 500 else logging.INFO
+        log.log(level, "%d %sB %.0fms %s %s", status, environ.get("CONTENT_LENGTH") or 0,
                  1000 * (time.perf_counter() - progress.began), environ.get("REMOTE_ADDR"),
                  printable(line[1:-1])[:300])
         kind = "text/plain" if text else "application/json"
@@ -296,12 +307,56 @@ class Progress:
 
 def app(environ: Row, start_response: Start) -> list[bytes]:
     """The WSGI application for other servers: on $INBOUND_DB, which is made at need."""
-    return app_of(os.environ.get("INBOUND_DB") or "inbound.db")(environ, start_response)
+    return app_of(default_path())(environ, start_response)
 
 
 @functools.cache
 def app_of(path: str) -> Wsgi:
+    start_log(path)
     return make_app(Store(path))
+
+
+def default_path() -> str:
+    """Where the database is if nobody says it: systemd names a service's own folder."""
+    # systemd.exec(5): of several, with colons between them, the first.
+    folder = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    return os.environ.get("INBOUND_DB") or os.path.join(folder, "inbound.db")
+
+
+def start_log(path: str) -> None:
+    """Log on standard error, in UTC; where journald adds the time, a level stands for it.
+
+    Under a server that has a log of its own the lines go there, as it writes them.
+    """
+    layout = "%(asctime)sZ %(message)s"
+    stream = os.environ.get("JOURNAL_STREAM")       # systemd.exec(5): device:inode
+    if stream and stream == "{0.st_dev}:{0.st_ino}".format(os.fstat(2)):
+        layout = "%(levelname)s%(message)s"
+        for level, priority in ((20, 6), (30, 4), (40, 3), (50, 2)):    # sd-daemon(3)
+            logging.addLevelName(level, f"<{priority}>")
+    formatter = logging.Formatter(layout, "%FT%T")
+    formatter.converter = time.gmtime
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger("waitress.queue").setLevel("ERROR")   # a line for each that waits
+    log.setLevel("INFO")
+    log.info("start: inbound %s on %s", VERSION, path)
+    atexit.register(log.info, "stop")
+
+
+def client_of(environ: Row, trusted_proxy: str) -> str:
+    """The address of the client: as the trusted proxy says, or who is connected.
+
+    Only what the proxy itself added counts, the last of X-Forwarded-For, and only an
+    address. We do not leave it to waitress, which refuses a request for a broken one.
+    """
+    peer: str = environ.get("REMOTE_ADDR") or "localhost"       # at the end of a socket
+    if peer == trusted_proxy or trusted_proxy == "localhost" and peer in LOOPBACK:
+        last = environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2]
+        with contextlib.suppress(ValueError):
+            return str(ipaddress.ip_address(last.partition("%")[0].strip()))
+    return peer
 
 
 def printable(text: str) -> str:
@@ -310,6 +365,7 @@ def printable(text: str) -> str:
 
 def answered(store: Store, environ: Row) -> Steps:
     """Return the Answer to a request, whatever happens on the way to it."""
+    environ["REMOTE_ADDR"] = client_of(environ, store.trusted_proxy)
     try:
         return (yield from respond(store, environ))
     except Refused as refusal:
@@ -542,7 +598,10 @@ def body_of(environ: Row) -> bytes:
     length = int(environ.get("CONTENT_LENGTH") or 0)
     is_open_ended = not length and environ.get("wsgi.input_terminated")
     most = MAX_BODY + 1 if is_open_ended else min(length, MAX_BODY + 1)
-    body: bytes = environ["wsgi.input"].read(most)
+    try:
+        body: bytes = environ["wsgi.input"].read(most)
+    except OSError as error:    # who hung up is told so by other servers than waitress
+        raise Refused(400, f"the body cannot be read: {error}") from None
     if len(body) > MAX_BODY:
         raise Refused(413, f"the body is larger than {MAX_BODY} bytes")
     if len(body) < length:
@@ -1997,6 +2056,9 @@ def mailbox_key(address: str) -> str:
 # process only the writer checkpoints: before 3.51.3 SQLite may corrupt a file that two do
 # it to at once. At 10,000 pages, 40 MB of -wal: a page that many mails change is then
 # written back once.
+#
+# Where there is a second machine, stored means there, too: Litestream copies the file, and
+# nobody is told 200 before it has.
 
 SCHEMA = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
 SCHEMA_VERSION, APPLICATION_ID = 2, 1768841828      # schema.sql's
@@ -2026,6 +2088,7 @@ class Store:
         self.path = path
         self.now = lambda: int(clock())
         self.checkpoints = checkpoints
+        self.trusted_proxy = TRUSTED_PROXY              # of the requests that bring mail
         self.has_mail = threading.Event()               # wakes the courier
         self.refusals: deque[tuple[int, str]] = deque(maxlen=1000)  # (time, client) of 401s
         self.uncounted = self.refusals.copy()           # those not yet in `refused_caller`
@@ -2037,6 +2100,7 @@ class Store:
         self._writer: DB | None = None
         self._files: Row = {}                           # `files_at` when it was opened
         self._locked_until = 0.0                        # monotonic
+        self._replica = Replica("")
         self._reader_lock = threading.Lock()
         self._reader: DB | None = None
 
@@ -2098,6 +2162,10 @@ class Store:
                                if isinstance(path, str)})
                 for row in self.rows("SELECT name, fields FROM provider")]
 
+    def replica_socket(self) -> str:
+        """The path of Litestream's control socket; "" = there is one machine."""
+        return os.environ.get("INBOUND_REPLICA", "")
+
     def write(self, work: Work, *args: Any) -> Any:
         """Return the result of `work(connection, now, *args)` once it is synced.
 
@@ -2139,6 +2207,9 @@ class Store:
             self._refuse_if_replaced()
             if writer.total_changes:    # a look for mail that finds none proves nothing
                 self.failing_since = 0.0
+            if fault := self._replica.fault(writer, self.path):
+                for job in jobs:
+                    job.error = job.error or Refused(503, fault)
         except Exception as error:
             # No second fsync on a descriptor whose first failed: the next write opens anew.
             self._close_writer()
@@ -2161,6 +2232,9 @@ class Store:
             self.open()
             self._writer = self._connect()
             self._files = {}
+            self._replica = Replica(self.replica_socket())
+            if self._replica.path:      # Litestream checkpoints what it has copied
+                self._writer.execute("PRAGMA wal_autocheckpoint = 0")
         wait = BUSY_TIMEOUT if time.monotonic() > self._locked_until else 0
         self._writer.execute(f"PRAGMA busy_timeout = {1000 * wait:.0f}")
         self._writer.execute("BEGIN IMMEDIATE")
@@ -2184,6 +2258,7 @@ class Store:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+            self._replica.close()
 
     def let_go(self) -> None:
         """Give back the writer's copy of what it stored last, which its statement holds."""
@@ -2197,6 +2272,47 @@ class Store:
             if self._reader is not None:
                 self._reader.close()
                 self._reader = None
+
+
+class Replica(http.client.HTTPConnection):
+    """Litestream, by the control socket at `path`; the connection is kept."""
+
+    def __init__(self, path: str):
+        super().__init__("localhost", timeout=REPLICATION)
+        self.path = path
+        self.copied: Any = None
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
+
+    def fault(self, db: DB, path: str) -> str:
+        """Wait until all that is committed is copied; return why it is not, "" if it is.
+
+        A repeat writes nothing, and waits nevertheless if what it repeats was not copied,
+        whichever process wrote that.
+        """
+        if not self.path:
+            return ""
+        words = ""
+        changes = db.total_changes, db.execute("PRAGMA data_version").fetchone()
+        if changes == self.copied:
+            return ""
+        try:
+            self.request("POST", "/sync", json.dumps(
+                {"path": os.path.abspath(path), "wait": True, "timeout": REPLICATION}))
+            words = decode(self.getresponse().read(MAX_REPLY), None)
+            reply = json.loads(words)
+            if reply["replicated_txid"] >= reply["txid"] > 0:
+                self.copied = changes
+                return ""
+        except (OSError, http.client.HTTPException,
+                ValueError, TypeError, LookupError) as error:
+            words = words or repr(error)
+        self.close()
+        why = printable(str(at(json_in(words), "error", words)))[:200]
+        return f"stored, but not on the replica; send it again: {why}"
 
 
 def files_at(path: str) -> dict[str, Any]:
@@ -2376,6 +2492,10 @@ def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
     which the writer's lock makes safe: so a repeat writes nothing and costs no fsync.
     """
     account, message, kind = post.account, filing.message, filing.kind
+    received_at, withheld = post.received_at or now, filing.withheld
+    if post.content_type == IMPORTED:
+        now = received_at = date_of(message, now)
+        withheld = withheld or "it was imported"
     known = db.execute(KNOWN, [
         account["id"], message.message_id, message.digest]).fetchone()
     if known and known["digest"] == message.digest:
@@ -2391,20 +2511,33 @@ def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
     draft, due = None, "no confirmation: it opened no ticket"
     if ticket:
         status, confirmation = "appended", "not due"
-        touch_ticket(db, now, ticket, message, kind)
+        is_news = post.content_type != IMPORTED or now > ticket["updated_at"]
+        touch_ticket(db, now, ticket, message, kind, is_news)
     else:
         ticket, status = open_ticket(db, now, account, message, kind), "created"
-        draft, due = confirm(db, now, post, ticket, message, filing.withheld)
+        draft, due = confirm(db, now, post, ticket, message, withheld)
         confirmation = "queued" if draft else "withheld"
     reason = f"{filing.reason}; {found}; {due}"
-    row = insert_message(
-        db, post.received_at or now, ticket, message, reason, kind, confirmation)
+    row = insert_message(db, received_at, ticket, message, reason, kind, confirmation)
     if draft:
         send_later(db, now, ticket, draft, "confirmation")
     elif kind == "bounce":
         fail_bounced(db, account, message)
     return {"status": status, "ticket": ticket["reference"], "message": row, "kind": kind,
             "confirmation": confirmation, "reason": reason}
+
+
+IMPORTED = "message/rfc822; imported=yes"       # Content-Type of what `import` posts
+
+
+def date_of(message: Message, now: int) -> int:
+    """When a mail says it was written; now, where that makes no sense or is yet to come."""
+    written = 0
+    for date in header_values(message.headers, "date")[:1]:
+        with contextlib.suppress(ValueError, OverflowError, IndexError):
+            parsed = email.utils.parsedate_tz(date[:200])
+            written = email.utils.mktime_tz(parsed) if parsed else 0
+    return written if 378_691_200 < written < now else now      # 1982, as is RFC 822
 
 
 def open_ticket(db: DB, now: int, account: Row, message: Message, kind: str) -> Row:
@@ -2424,7 +2557,8 @@ NEW_TICKET = """
         :from_address, :from_name, :now, :now) RETURNING *"""
 
 
-def touch_ticket(db: DB, now: int, ticket: Row, message: Message, kind: str) -> None:
+def touch_ticket(db: DB, now: int, ticket: Row, message: Message, kind: str,
+                 is_news: bool) -> None:
     """A party's own words open a closed ticket again; no machine's, and no stranger's.
 
     Parties are the requester and whom a mail of ours on the ticket went to.
@@ -2437,9 +2571,9 @@ def touch_ticket(db: DB, now: int, ticket: Row, message: Message, kind: str) -> 
     if not is_party and kind not in ("bounce", "auto-reply"):
         message.notes.append(
             f"written by a stranger to this ticket: {message.from_address}")
-    db.execute(
-        "UPDATE ticket SET updated_at = ?, status = iif(?, 'open', status) WHERE id = ?",
-        [now, kind == "human" and bool(is_party), ticket["id"]])
+    db.execute("""UPDATE ticket SET updated_at = ?, status = iif(?, 'open', status)
+        WHERE id = ? AND ?""", [
+            now, kind == "human" and bool(is_party), ticket["id"], is_news])
 
 
 def insert_message(db: DB, now: int, ticket: Row, message: Message, reason: str,
@@ -2870,51 +3004,95 @@ class TerseSMTPS(TerseSMTP, smtplib.SMTP_SSL):
 GREETING = """A new database. Whoever posts mail has to know this secret:\n\n  {secret}\n
 Paste this into your provider's inbound webhook, with your own https host name in it:\n
   {url}?secret={secret}\n\nTry it:\n
-  curl -H 'X-Mobieus-Inbound-Secret: {secret}' -H 'Content-Type: application/json' {url} \\
+  curl {at}-H 'X-Mobieus-Inbound-Secret: {secret}' \
+-H 'Content-Type: application/json' {url} \\
     -d '{{"from": "ada@example.org", "text": "It works.", \
 "message_id": "<{id}@example.org>"}}'
 """
+LISTENING = "listening: {at}{url} (`inbound secret` prints the secret)"
 
 
-def serve(store: Store, *, listen: str = "127.0.0.1:8080") -> None:
-    """inbound serve [--listen 127.0.0.1:8080]
+def serve(store: Store, *, listen: str = "127.0.0.1:8080",
+          trusted_proxy: str = TRUSTED_PROXY) -> None:
+    """inbound serve [--listen 127.0.0.1:8080 | unix:/path] [--trusted-proxy ADDRESS]
 
     Make the database if there is none, answer the endpoint, and send the outbox.
+
+    The socket at unix:/path is for its owner and group. --trusted-proxy is the address of
+    the proxy whose X-Forwarded-For names the client, or localhost: a socket's other end.
     """
     import waitress  # the only verb that needs it
 
-    logging.Formatter.converter = time.gmtime
-    logging.basicConfig(format="%(asctime)sZ %(message)s", datefmt="%FT%T", level="INFO")
-    logging.getLogger("waitress.queue").setLevel("ERROR")   # a line for each that waits
     dispatcher = Dispatcher(store)
     try:
+        if trusted_proxy not in ("", "localhost"):
+            ipaddress.ip_address(trusted_proxy)
+        store.trusted_proxy = trusted_proxy
         server = waitress.create_server(
-            make_app(store), _dispatcher=dispatcher, listen=listen, channel_timeout=30,
+            make_app(store), _dispatcher=dispatcher, **place_of(listen), channel_timeout=30,
             cleanup_interval=5, max_request_header_size=16384, connection_limit=1000,
-            asyncore_use_poll=True, max_request_body_size=MAX_BODY + 1)
+            asyncore_use_poll=True, max_request_body_size=MAX_BODY + 1,
+            clear_untrusted_proxy_headers=False)
     except (OSError, ValueError) as error:
         raise Refused(503, f"cannot listen on {listen!r}: {error}") from None
     server.adj.send_bytes = 2**12       # an answer goes out whole, not its headers first
     for number in (signal.SIGTERM, signal.SIGINT):  # SystemExit: what is in flight ends
         signal.signal(number, lambda *_: sys.exit(0))
-    port = getattr(server, "effective_port", None) or server.effective_listen[0][1]
     stopping = threading.Event()
     courier = threading.Thread(target=run_courier, args=(store, stopping), daemon=True)
     try:
         # It listens before it opens: a taken port shall not use up the greeting.
-        text = GREETING if store.open() else (
-            "listening: {url} (`inbound secret` prints the secret)")
+        greeting = GREETING if store.open() else LISTENING
+        start_log(store.path)
         courier.start()
-        print(text.format(url=f"http://{listen.rpartition(':')[0]}:{port}{ENDPOINT}",
-                          id=secrets.token_hex(8),
-                          secret=store.accounts()[0]["inbound_secret"]), flush=True)
+        greet(greeting, listen, server, store.accounts()[0]["inbound_secret"])
+        notify("READY=1")
         server.run()
     finally:
+        notify("STOPPING=1")
+        if listen.startswith("unix:"):  # first: while we listen it is nobody else's
+            Path(listen[5:]).unlink(missing_ok=True)
         stopping.set()
         store.has_mail.set()
         server.close()
         if courier.is_alive():      # what it is sending is sent again when its lease ends
             courier.join(LOOK)
+
+
+def place_of(listen: str) -> Row:
+    """--listen as waitress takes it; OSError where another server listens on the socket.
+
+    What a dead one left there waitress replaces. It would a live one's, too.
+    """
+    if not listen.startswith("unix:"):
+        return {"listen": listen}
+    path = listen[5:]
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as client:
+        client.settimeout(1)
+        try:
+            client.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return {"unix_socket": path, "unix_socket_perms": "660"}
+    raise OSError("another server listens there")
+
+
+def greet(greeting: str, listen: str, server: Any, secret: str) -> None:
+    """Print where mail is posted to, as arguments of curl."""
+    port = getattr(server, "effective_port", None) or server.effective_listen[0][1]
+    at, host = "", f"{listen.rpartition(':')[0]}:{port}"
+    if listen.startswith("unix:"):
+        at, host = f"--unix-socket {shlex.quote(listen[5:])} ", "localhost"
+    print(greeting.format(at=at, url=f"http://{host}{ENDPOINT}", secret=secret,
+                          id=secrets.token_hex(8)), flush=True)
+
+
+def notify(state: str) -> None:
+    """Tell systemd, where it asks for it (sd_notify(3)), that we are ready or stopping."""
+    address = re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", ""))
+    if address:
+        with (contextlib.suppress(OSError),
+              socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd):
+            systemd.sendto(state.encode(), address)
 
 
 class Dispatcher:
@@ -3435,10 +3613,8 @@ def rejected_replay(store: Store, identifier: str = "") -> Any:
 
 def replay(store: Store, identifier: str) -> Row:
     row = rejected_row(store, identifier)
-    accounts = store.rows("""SELECT * FROM email_account
-        ORDER BY id = ? DESC, is_default DESC, id""", [row["email_account"]])
-    own = [account["address"] for account in accounts]
-    post = Post(accounts[0], own, row["content_type"], row["body"], row["received_at"])
+    post = post_from_inside(store, row["email_account"], row["content_type"], row["body"],
+                            row["received_at"])
     try:
         _, answer = Progress(receive(store, post)).finish(store)
     except Refused as refusal:
@@ -3449,6 +3625,15 @@ def replay(store: Store, identifier: str) -> Row:
     return {"id": row["id"], **answer}
 
 
+def post_from_inside(store: Store, account: int | None, content_type: str, body: bytes,
+                     received_at: int = 0) -> Post:
+    """A post for an account; for the default one, where that is gone."""
+    accounts = store.rows("""SELECT * FROM email_account
+        ORDER BY id = ? DESC, is_default DESC, id""", [account])
+    own = [account["address"] for account in accounts]
+    return Post(accounts[0], own, content_type, body, received_at)
+
+
 def rejected_delete(store: Store, identifier: str) -> Any:
     """inbound rejected delete ID [--json]
 
@@ -3457,6 +3642,79 @@ def rejected_delete(store: Store, identifier: str) -> Any:
     row = rejected_row(store, identifier)
     return store.write(run_one, "DELETE FROM rejected WHERE id = ? RETURNING id, reason", [
         row["id"]])[0]
+
+
+def import_(store: Store, path: str, *, account: str = "") -> Any:
+    """inbound import PATH [--account ADDRESS] [--json]
+
+    Bring in an mbox, a Maildir (its folders cur and new) or one mail: as if posted, with
+    the mails' own dates, and confirming nothing. What is there already is not stored
+    again: run it once more to go on where it ended.
+    """
+    identifier = chosen_account(store, account)["id"]
+    files = [*Path(path).glob("cur/[!.]*"), *Path(path).glob("new/[!.]*")] or [Path(path)]
+    if files[0].is_dir():
+        raise Refused(404, f"{path!r} is a folder without mails in `cur` and `new`")
+    size = sum(file.stat().st_size for file in files) or 1
+    outcomes = ("created", "appended", "duplicate", "quarantined", "too_large")
+    counts = dict.fromkeys(outcomes, 0)
+    done = 0
+    with progress_bar(lambda: done / size):
+        for file in sorted(files, key=lambda file: file.name):      # begins with the time
+            for mail in filter(bytes.strip, mails_in(file)):
+                status = "too_large"
+                if len(mail) <= MAX_BODY:
+                    post = post_from_inside(store, identifier, IMPORTED, mail)
+                    _, answer = Progress(receive(store, post)).finish(store)
+                    status = answer["status"]
+                counts[status] += 1
+                done += len(mail)
+    return counts
+
+
+# With a time: some programs leave a `From ` in a text as it is.
+FROM_LINE = re.compile(b"From .{,300}[0-9]:[0-9][0-9]")
+
+
+def mails_in(file: Path) -> Iterator[bytes]:
+    """Each mail of an mbox (mboxrd), or the one that a file is; cut off past MAX_BODY."""
+    with open(file, "rb") as lines:
+        line = lines.readline(1000)
+        if not FROM_LINE.match(line):
+            yield line + lines.read(MAX_BODY)
+            return
+        mail = bytearray()
+        while line:
+            line = lines.readline(MAX_BODY)
+            if not line or FROM_LINE.match(line):   # the line end before it is its own
+                yield bytes(mail).removesuffix(b"\n").removesuffix(b"\r")
+                mail.clear()
+            elif len(mail) < MAX_BODY + 3:
+                mail += line[1:] if re.match(b">+From ", line) else line
+
+
+@contextlib.contextmanager
+def progress_bar(share: Callable[[], float]) -> Iterator[None]:
+    """Show how far the work is: a bar on a terminal, elsewhere a line now and then."""
+    is_terminal = sys.stderr.isatty()
+    is_over = threading.Event()
+
+    def show() -> None:
+        is_last = False
+        while not is_last:
+            is_last = is_over.wait(0.1 if is_terminal else TELL)
+            if is_terminal or not is_last:
+                bar = "#" * round(40 * share())
+                print(f"[{bar:40}] {share():4.0%}", file=sys.stderr, flush=True,
+                      end="\r" if is_terminal and not is_last else "\n")
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def doctor(store: Store, *, url: str = "") -> Any:
@@ -3481,6 +3739,9 @@ def checks_of(store: Store) -> Iterator[Check]:
     _, content, _ = Progress(health(store)).finish(store)
     for words in [*content.get("reasons", []), *content.get("warnings", [])]:
         yield "state", False, words
+    if store.replica_socket():
+        yield (f"replica by {store.replica_socket()}", "the replica" not in str(content),
+               "see Litestream's log")
     is_mended = sqlite3.sqlite_version_info >= (3, 51, 3)
     fix = "has" if is_mended else "lacks, as all before 3.51.3 but 3.50.7 and 3.44.6,"
     yield f"SQLite {sqlite3.sqlite_version} {fix} the fix of the WAL-reset bug", True, ""
@@ -3549,7 +3810,10 @@ def backup(store: Store, file: str) -> Any:
         if os.path.realpath(file) == os.path.realpath(store.path):
             raise OSError("that is the database itself")
         os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600))
-        store.rows("VACUUM INTO ?", [str(part)])    # one read transaction: nobody waits
+        [size] = store.rows("""SELECT (page_count - freelist_count) * page_size AS bytes
+            FROM pragma_page_count, pragma_freelist_count, pragma_page_size""")
+        with progress_bar(lambda: part.stat().st_size / size["bytes"]):
+            store.rows("VACUUM INTO ?", [str(part)])    # one read transaction: nobody waits
         with contextlib.closing(sqlite3.connect(part)) as copy:
             [words] = copy.execute("PRAGMA integrity_check(1)").fetchone()
             [messages] = copy.execute("SELECT count(*) FROM message").fetchone()
@@ -3602,8 +3866,8 @@ EACH_VERB: tuple[Verb, ...] = (
     serve, secret_show, secret_set, secret_rotate, account_list, account_show, account_add,
     account_set, tickets, show, attachment, reply, close, reopen, relay, outbox_list,
     outbox_show, outbox_send, outbox_retry, rejected_list, rejected_show, rejected_replay,
-    rejected_delete, doctor, backup, forget)
-VERBS = {function.__name__.replace("_", " "): function for function in EACH_VERB}
+    rejected_delete, import_, doctor, backup, forget)
+VERBS = {function.__name__.replace("_", " ").strip(): function for function in EACH_VERB}
 # What the first word of two means alone.
 ALONE = {"secret": "show", "account": "show", "outbox": "list", "rejected": "list"}
 
@@ -3623,6 +3887,8 @@ def main(argv: list[str] | None = None, clock: Callable[[], float] = time.time) 
         else:
             print((__doc__ or "").strip())
         sys.stdout.flush()
+    except KeyboardInterrupt:                   # a long import or backup is ended
+        return 130
     except BrokenPipeError:                     # `inbound tickets | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Refused, Usage, OSError, UnicodeError, sqlite3.IntegrityError) as error:
@@ -3651,7 +3917,7 @@ def run_verb(given: dict[str, str], words: list[str], clock: Callable[[], float]
     """Call the verb and print what it returns."""
     name, words = verb_of(words)
     function = VERBS[name]
-    path = given.pop("db", "") or os.environ.get("INBOUND_DB") or "inbound.db"
+    path = given.pop("db", "") or default_path()
     try:
         options = options_of(function, given, words)
         with contextlib.closing(Store(path, clock, checkpoints=name == "serve")) as store:
