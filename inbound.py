@@ -2778,7 +2778,8 @@ ADDRESSES = re.compile(r"[^\s,]+").findall      # of a setting that holds some, 
 NOTICE = AUTOMATIC | {"Auto-Submitted": "auto-generated"}
 TOLD = "X-Inbound-Notice"
 PREFIX = "[inbound] "           # of our lines in a notice; an answer loses each …
-OUR_LINE = re.compile(r"^[^\w\n]{0,40}\[inbound\]\s.*\n?", re.M)    # … however it is quoted
+# … however it is quoted.
+OUR_LINE = re.compile(r"^[^\w\n]{0,40}\[inbound\](?:[^\S\n].*)?(?:\n|\Z)", re.M)
 # Types that are more than bytes of no charset, or none at all.
 NO_BYTES = re.compile(r"\A(?!(?:application|audio|image|video)/[a-z0-9.+-]{1,99}\Z).*")
 HOW_TO_ANSWER = (
@@ -2880,7 +2881,7 @@ def file_answer(db: DB, now: int, post: Post, ticket: Row, message: Message) -> 
         text = text.replace(each, "…")
     draft, reason = None, f"closed by {author}, without an answer"
     files = [] if word == "close!" else files_of(message)
-    if files or word != "close!" and has_words(text, account["address"]):
+    if files or word != "close!" and has_words(text, account["address"].lower()):
         draft = draft_answer(db, now, account, ticket, ticket["requester"], text, files)
         reason = f"answer of {author}" + (", who closed the ticket" if is_closing else "")
     elif not is_closing:

@@ -7,6 +7,7 @@ a mail program makes it. All that is read from mail comes by both doors.
 import base64
 import email
 import email.policy
+import email.utils
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import inbound
-from conftest import NOON, mail_from
+from conftest import HEADER, NOON, SECRET, eventually, mail_from
 
 US, ADA, BOB, CLEO = ("support@helpdesk.example", "ada@customer.example", "bob@team.example",
                       "cleo@team.example")
@@ -62,7 +63,7 @@ def reply_to(mail, text, sender=BOB, **fields):
 
 def text_of(mail):
     """The text of a mail or of a part, with the line ends of this machine."""
-    return mail.get_content().replace("\r\n", "\n")
+    return mail.get_body().get_content().replace("\r\n", "\n")
 
 
 def quoted(mail):
@@ -353,7 +354,7 @@ def test_the_answer_has_an_id_of_its_own_and_no_notice_s_id_anywhere(asked):
     assert mail["References"].split() == ["<first@customer.example>", "<2@x>"]
     for notice in (first, second):
         assert notice["Message-ID"].strip("<>").encode() not in content
-        assert notice["Message-ID"].strip("<>") not in text_of(mail.get_body())
+        assert notice["Message-ID"].strip("<>") not in text_of(mail)
 
 
 def mail_file(name, content):
@@ -461,6 +462,38 @@ CLOSING = [
     ("Please close the door.", "Please close the door.", "open"),
     ("close it", "close it", "open"), ("Pull it.\nclose", "Pull it.\nclose", "open"),
     ("> close\n\nPull the plug.", "> close\n\nPull the plug.", "open")]
+
+
+# The line as programs quote it, and what is left of it.
+QUOTED = [
+    ("a\n> [inbound] x\nb", "a\nb"), ("a\n>> [inbound] x\nb", "a\nb"), ("[inbound] x", ""),
+    ("a\n| > [inbound] x\nb", "a\nb"), ("a\n\xa0[inbound]\xa0x\nb", "a\nb"),
+    ("a\n> [inbound]\nb", "a\nb"), ("a\r\n> [inbound] x\r\nb\r\n", "a\nb"),
+    ("a\nsee [inbound] x\nb", "a\nsee [inbound] x\nb"), ("[inbound]x\nb", "[inbound]x\nb"),
+    ("a\n> [inbound] x\n\n> [inbound] y\nb", "a\n\nb")]
+
+
+@pytest.mark.parametrize("text, left", QUOTED)
+def test_a_line_of_ours_is_dropped_however_it_is_quoted_and_no_other(asked, text, left):
+    asked.post(reply_to(asked.notice, text, attachments=[FILE]))
+    assert text_of(told(asked, ADA, "answer")[0]).strip() == left
+
+
+HTML = """<html><body><div>close</div><div><br></div><div>{}</div><hr><div>
+<b>Von:</b> Ada Lovelace via Support &lt;Support@helpdesk.example&gt;<br><b>An:</b> bob<br></div>
+<div>[inbound] ada@customer.example wrote:<br><br>It burns.<br><br>[inbound] Your reply</div>"""
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("words", ["", "Pull the plug."])
+def test_a_mail_that_is_nothing_but_html_is_read_as_one_of_text(asked, door, words):
+    body = reply_to(asked.notice, None, html=HTML.format(words))
+    del body["text"]
+    deliver(asked, body, door)
+    mails = told(asked, ADA, "answer")
+    assert status_of(asked) == ("closed", "team") and len(mails) == bool(words)
+    assert all(text_of(mail).startswith("Pull the plug.\n") for mail in mails)
+    assert all("[inbound]" not in text_of(mail) for mail in mails)
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -818,3 +851,66 @@ def test_to_forget_the_customer_takes_the_notices_along(asked):
     asked.post(reply_to(asked.notice, "Pull the plug.\n> It burns."))
     asked.run("forget", ADA)
     assert (asked.count("message"), asked.count("outbox")) == (0, 0)
+
+
+# The whole day, over real SMTP --------------------------------------------------------------------
+
+def written(sender, text, parent=None, **fields):
+    """The raw mail that a mail program makes, in reply to `parent` where there is one."""
+    mail = email.message.EmailMessage(email.policy.SMTP)
+    mail["From"], mail["To"], mail["Date"] = sender, US, email.utils.formatdate(NOON)
+    mail["Message-ID"] = f"<{next(NUMBERS)}.day@{sender.rpartition('@')[2].strip('>')}>"
+    for name, value in fields.items():
+        mail[name] = value
+    if parent:
+        body = reply_to(parent, "")
+        mail["Subject"], mail["In-Reply-To"] = body["subject"], body["in_reply_to"]
+        mail["References"] = " ".join(body["references"])
+        text += "\n" + quoted(parent)
+    mail.set_content(text)
+    return mail
+
+
+def test_a_day_in_the_life_of_a_ticket(serve, sink):
+    served = serve()
+    served.set_account(inbound_secret=SECRET, address=US, staff=f"{BOB},{CLEO}")
+    served.send_to(sink.port)
+    came = {}       # recipient → the mails that arrived there, oldest first
+
+    def post(mail, count):
+        """Post a mail as an MTA's pipe does, send all, until so many mails have come in all."""
+        status, _, answer = served.post(mail.as_bytes(), headers={
+            HEADER: SECRET, "Content-Type": "message/rfc822"})
+        assert status == 200 and inbound.main(["--db", str(served.path), "outbox", "send"]) == 0
+        arrived = sink.wait(count)
+        assert len(arrived) == count
+        came.clear()
+        for envelope in arrived:
+            mail = email.message_from_bytes(envelope.content, policy=email.policy.default)
+            assert envelope.mail_from == (US if mail["Auto-Submitted"] is None else "<>")
+            came.setdefault(envelope.rcpt_tos[0], []).append(mail)
+        return answer
+
+    first = post(written(f"Ada Lovelace <{ADA}>", "It burns.\n", Subject="Printer on fire"), 3)
+    assert (first["status"], sorted(came)) == ("created", [ADA, BOB, CLEO])
+
+    mail = written(f"Bob <{BOB}>", "close\n\nPull the plug, as in the picture.\n", came[BOB][0])
+    mail.add_attachment(b"\x89PNG\r\n\x1a\n", maintype="image", subtype="png", filename="plug.png")
+    answer = post(mail, 5)
+    assert (answer["ticket"], answer["reason"]) == (
+        first["ticket"], f"answer of {BOB}, who closed the ticket")
+    ours = came[ADA][1]
+    body, file = ours.iter_parts()
+    assert text_of(body).startswith("Pull the plug, as in the picture.\n")
+    assert "[inbound]" not in text_of(body)
+    assert (file.get_filename(), file.get_content()) == ("plug.png", b"\x89PNG\r\n\x1a\n")
+    assert f"[inbound] answer of {BOB}, who closed the" in text_of(came[CLEO][1])
+    assert served.sql("SELECT status, last_writer FROM ticket") == [("closed", "team")]
+
+    again = post(written(f"Ada Lovelace <{ADA}>", "It still burns.\n", ours), 7)
+    assert (again["status"], again["ticket"]) == ("appended", first["ticket"])
+    assert served.sql("SELECT status, last_writer FROM ticket") == [("open", "customer")]
+    assert [len(came[one]) for one in (ADA, BOB, CLEO)] == [2, 2, 3]
+    assert came[BOB][1]["In-Reply-To"] == came[BOB][0]["Message-ID"]
+    eventually(lambda: {*served.sql("SELECT state FROM outbox")} == {("sent",)})
+    assert served.stop() == 0
