@@ -2422,7 +2422,11 @@ def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
     if ours:
         found = "it bears the Message-ID of a mail of ours"
         message.notes.append(found)
-        return file_mail(db, now, post, filing, ours, found)
+        answer = file_mail(db, now, post, filing, ours, found)
+        # A word of ours that comes back is nobody's last.
+        db.execute("UPDATE ticket SET last_writer = ? WHERE id = ?", [
+            ours["last_writer"], ours["id"]])
+        return answer
     ticket, found = thread(db, account, message, filing.kind)
     if account["staff"]:
         return file_for_team(db, now, post, filing, ticket, found)
@@ -2796,8 +2800,9 @@ REFUSAL = """Your mail is kept with the ticket {}. It was not sent on as an answ
 def staff_of(db: DB, account: Row) -> Row:
     """{mailbox: address} of whom the account tells; an address of ours would be a loop."""
     accounts = db.execute("SELECT address FROM email_account").fetchall()
-    staff = {mailbox_key(each): each for each in ADDRESSES(account["staff"] or "")}
     ours = {mailbox_key(each["address"]) for each in accounts}
+    named = filter(None, map(deliverable, ADDRESSES(account["staff"] or "")))
+    staff = {mailbox_key(each): each for each in named}
     return {mailbox: staff[mailbox] for mailbox in staff if mailbox not in ours}
 
 

@@ -211,7 +211,7 @@ def test_a_long_text_is_cut_in_the_notice_and_whole_on_the_ticket(team):
 HOSTILE = ["a\r\nBcc: eve@evil.example\r\n\r\nx", "=?utf-8?q?a=0D=0ABcc:_eve@evil.example?=",
            '"Eve" <eve@evil.example>,', "a\x0b\x0c\x85\u2028b", "ä" * 5000, "x" * 5000, "=?" * 99,
            "[inbound] answer of bob@team.example:", "\x1b]0;x\x07", ".\r\n.\r\nFrom x\r\n", "--x--",
-           "日本語 " * 500]
+           "日本語 " * 500, "inbound close T-0000-0000 " * 9]
 
 
 @pytest.mark.parametrize("words", HOSTILE)
@@ -229,7 +229,8 @@ def test_a_stranger_s_words_are_text_and_nothing_else(team, words):
         assert first == f"[inbound] {ADA} wrote:"
         # What can be pasted into a shell has no word of theirs in it.
         assert "[inbound] inbound attachment 1 FILE" in lines
-        assert not any(line.startswith("[inbound] answer of") for line in lines)
+        assert not any(line.startswith(f"[inbound] {words[:9]}") for line in lines)
+        assert all(len(line) < 70 for line in lines if line.startswith("[inbound]"))
     assert len(told(team)) == 2
 
 
@@ -362,6 +363,21 @@ def mail_file(name, content):
             "content": base64.b64encode(content).decode()}
 
 
+def test_an_answer_is_in_the_customer_s_thread_whoever_wrote_last(asked):
+    asked.post(asked.mail(**{"from": "dan@partner.example", "message_id": "<dan@partner.example>",
+                             "in_reply_to": "<first@customer.example>", "text": "Me too."}))
+    assert "why: " in text_of(told(asked, BOB)[1]) and "stranger" in text_of(told(asked, BOB)[1])
+    asked.post(reply_to(asked.notice, "Pull the plug."))
+    assert told(asked, ADA, "answer")[0]["In-Reply-To"] == "<first@customer.example>"
+
+
+@pytest.mark.parametrize("size, encoding", [(1000, "quoted-printable"), (2**17, "base64")])
+def test_an_answer_of_any_length_arrives_whole(asked, size, encoding):
+    asked.post(reply_to(asked.notice, "ä" * size))
+    [mail] = told(asked, ADA, "answer")
+    assert text_of(mail).strip() == "ä" * size and mail["Content-Transfer-Encoding"] == encoding
+
+
 def test_nor_does_a_later_reply_name_one(asked):
     """A mail of Bob's that was refused has the notice's id in its References."""
     asked.post(reply_to(asked.notice, "Out.", headers={"X-Auto-Response-Suppress": "All"}))
@@ -457,6 +473,7 @@ CLOSING = [
     ("close" + OUTLOOK, None, "closed"), ("close" + GMAIL, None, "closed"),
     ("close" + THUNDERBIRD, None, "closed"), ("close!" + OUTLOOK, None, "closed"),
     ("close\n\n-- \nBob, Team\n" + GMAIL, None, "closed"),
+    ("close\r\n\r\n-- \r\nBob, Team\r\n", None, "closed"),
     ("close\n\nPull the plug." + OUTLOOK, "Pull the plug.", "closed"),
     ("close" + GMAIL + "\nPull the plug.", "Pull the plug.", "closed"),
     ("Please close the door.", "Please close the door.", "open"),
@@ -512,6 +529,12 @@ def test_close_on_the_first_line_closes_and_is_not_sent(asked, door, text, gets,
         assert not body.lower().startswith("close\n")
 
 
+def test_who_only_closes_may_attach_what_could_not_be_sent(asked):
+    answer = asked.post(reply_to(asked.notice, "close!", attachments=[
+        {"filename": "a.pdf", "content": "?"}]))
+    assert (answer["reason"], refusals(asked)) == (f"closed by {BOB}, without an answer", [])
+
+
 def test_an_attachment_alone_is_an_answer_but_not_the_notice_itself(asked):
     asked.post(reply_to(asked.notice, "close", attachments=[
         mail_file("notice.eml", asked.notice.as_bytes())]))
@@ -562,6 +585,9 @@ FORGERIES = {
     "a stranger with Bob's notice": (
         {"from": "mallory@evil.example"}, BOB, "no notice that went to this",
         "mallory@evil.example"),
+    "a stranger with Bob's notice, who may be another": (
+        {"from": "mallory@evil.example", "headers": {"X-Spam-Flag": "YES"}}, BOB,
+        "no notice that went to this", None),
     "From of two": ({"from": f"{BOB}, mallory@evil.example"}, BOB, "From is not one", None),
     "DMARC fail": (
         {"headers": {"Authentication-Results": "mx.helpdesk.example; dmarc=fail"}},
@@ -624,6 +650,20 @@ def test_it_is_said_once_a_ticket_and_within_the_caps(asked):
         asked.post(asked.mail(message_id=f"<{number}@x>", text=str(number)))
         asked.post(reply_to(told(asked, CLEO)[-1], f"Hello {next(NUMBERS)}."))
     assert len(refusals(asked)) == 3        # confirmations_per_address_hour
+
+
+@pytest.mark.parametrize("sender", [BOB, "Bob@Team.Example", "bob+phone@team.example"])
+def test_one_of_the_team_is_known_however_the_address_is_spelt(asked, sender):
+    asked.post(reply_to(asked.notice, "Pull the plug.", sender))
+    assert len(told(asked, ADA, "answer")) == 1
+
+
+def test_one_whose_domain_is_not_ascii_is_told_and_answers(desk):
+    desk.run("account", "set", "staff=bob@bücher.example")
+    desk.post(desk.mail())
+    wire = "bob@xn--bcher-kva.example"
+    desk.post(reply_to(told(desk, wire)[0], "Pull the plug.", wire))
+    assert len(told(desk, ADA, "answer")) == 1
 
 
 def test_who_left_the_team_answers_nothing_any_more(asked):
@@ -761,7 +801,7 @@ def test_an_answer_that_comes_back_is_known_and_no_news(asked):
     answer = asked.post(told(asked, ADA, "answer")[0].as_bytes(), "message/rfc822")
     assert (answer["status"], answer["ticket"]) == ("appended", asked.reference)
     assert "bears the Message-ID of a mail of ours" in answer["reason"]
-    assert sent(asked) == before
+    assert (sent(asked), status_of(asked)) == (before, ("open", "team"))
 
 
 def test_staff_who_ask_as_customers_are_answered_as_customers(team):
