@@ -2824,8 +2824,9 @@ def file_for_team(db: DB, now: int, post: Post, filing: Filing, ticket: Row | No
     try:
         if ticket and is_answer(db, filing, ticket, is_staff):
             return file_answer(db, now, post, ticket, message)
-        domain = "@" + account["address"].lower().rpartition("@")[2]
-        if not ticket and is_staff and any(domain in each for each in our_ids(message)):
+        _, _, domain = account["address"].lower().rpartition("@")
+        domains = {each.rpartition("@")[2] for each in our_ids(message)}
+        if not ticket and is_staff and domain in domains:
             raise Refused(404, "the ticket that it answers is not kept any more")
         if is_staff:
             message.notes.append("its From is the team's, but it answers no notice")
