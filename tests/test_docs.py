@@ -69,8 +69,8 @@ def test_the_provider_table_of_the_readme_names_the_providers_that_are_read():
 
 def test_settings_that_the_readme_names_exist(desk):
     settable = json.loads(desk.run("account", "--json"))
-    examples = "".join(re.findall(r"^    \S*inbound account set (.*(?:\n {8}\S.*)*)", README, re.M))
-    named = re.findall(r"\b([a-z_]+)=\S", examples)
+    examples = re.findall(r"^    \S*inbound account set (.*(?:\n {8}\S.*)*)", README, re.M)
+    named = re.findall(r"\b([a-z_]+)=\S", "\n".join(examples))
     assert named and set(named) <= set(settable)
 
 
