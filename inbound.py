@@ -496,7 +496,7 @@ def health(store: Store) -> Steps:
         yield (rehearse,)
         disk = shutil.disk_usage(store.path)
         rows = store.rows(TROUBLES, {
-            "now": now, "free": 100 * disk.free / disk.total,
+            "now": now, "give_up": GIVE_UP, "free": 100 * disk.free / disk.total,
             "refused": sum(at > now - REFUSALS_SHOWN for at, _ in [*store.refusals])})
     except Refused as refusal:
         rows = [{"is_urgent": 1, "words": refusal.reason}]
@@ -511,7 +511,7 @@ TROUBLES = """
     WHERE NOT EXISTS (SELECT 1 FROM email_account WHERE inbound_secret IS NOT NULL)
     UNION ALL SELECT 1, 'the outbox waits for over an hour: run `inbound outbox`'
     WHERE EXISTS (SELECT 1 FROM outbox
-        WHERE state IN ('queued', 'sending') AND created_at < :now - 3600)
+        WHERE next_attempt_at IS NOT NULL AND give_up_at < :now + :give_up - 3600)
     UNION ALL SELECT 1, 'disk: ' || round(:free, 1) || ' % free, expected 5 % or more'
     WHERE :free < 5
     UNION ALL SELECT 0, address || ' has no relay: run `inbound account set smtp_host=…`'
@@ -3166,16 +3166,20 @@ def claim(db: DB, now: int, account: Row) -> Any:
     """Lease the account's next due row for LEASE seconds; None if nothing is due."""
     values = {"now": now, "lease": now + LEASE, "far": now + 2 * MAX_WAIT, **account}
     db.execute("""UPDATE outbox SET state = 'queued' WHERE state = 'sending'
-        AND next_attempt_at NOT BETWEEN :now + 1 AND :lease""", values)
+        AND email_account = :id AND next_attempt_at NOT BETWEEN :now + 1 AND :lease""",
+               values)
     db.execute("""UPDATE outbox SET state = 'failed', next_attempt_at = NULL,
         last_error = 'not delivered in 24 h; '
             || iif(last_error = '', 'no smtp_host was set', last_error)
-        WHERE state = 'queued' AND give_up_at <= :now""", values)
+        WHERE state = 'queued' AND next_attempt_at IS NOT NULL AND give_up_at <= :now""",
+               values)
     # What is due far later than we ever wait is due now: the clock was set back.
+    db.execute("""UPDATE outbox SET next_attempt_at = :now
+        WHERE state = 'queued' AND email_account = :id AND next_attempt_at > :far""", values)
     return db.execute("""UPDATE outbox
         SET state = 'sending', attempts = attempts + 1, next_attempt_at = :lease
         WHERE id = (SELECT id FROM outbox WHERE state = 'queued' AND email_account = :id
-            AND next_attempt_at NOT BETWEEN :now + 1 AND :far AND :smtp_host IS NOT NULL
+            AND next_attempt_at <= :now AND :smtp_host IS NOT NULL
             ORDER BY next_attempt_at, id LIMIT 1)
         RETURNING *, iif(purpose IN ('reply', 'answer'), :address,
             ifnull(:confirmation_envelope_from, '')) AS envelope_from""", values).fetchone()
@@ -3704,6 +3708,9 @@ def account_set(store: Store, setting: str, *more: str, account: str = "") -> An
 
 STATUSES = {"open": "status = 'open'", "closed": "status = 'closed'", "all": "true",
             "waiting": "status = 'open' AND last_writer = 'customer'"}
+SEARCHED = """ AND NOT EXISTS (SELECT 1 FROM json_each(:words) WHERE NOT EXISTS (
+    SELECT 1 FROM message WHERE message.ticket = ticket.id
+    AND instr(lower(from_address || ' ' || subject || ' ' || text), lower(value))))"""
 
 
 def tickets(store: Store, status: str = "open", *, search: str = "", limit: int = 50,
@@ -3716,18 +3723,20 @@ def tickets(store: Store, status: str = "open", *, search: str = "", limit: int 
     """
     if status not in STATUSES:
         raise Usage(f"{status!r} is no status")
-    asked = {"words": search.split(), "limit": limit, "queue": None,
-             "from": None, "account": account and chosen_account(store, account)["id"]}
+    asked = {"words": search.split(), "limit": limit, "queue": None, **equal,
+             "account": account and chosen_account(store, account)["id"]}
+    where = STATUSES[status]
+    if "from" in asked:
+        where += " AND requester = :from"
+    if search:
+        where += SEARCHED
     return store.rows(f"""SELECT reference, queue.name AS queue, status, subject, requester,
         (SELECT count(*) FROM message WHERE message.ticket = ticket.id) AS messages,
         last_writer, created_at, updated_at
         FROM ticket CROSS JOIN queue ON queue.id = ticket.queue
-        WHERE {STATUSES[status]} AND :account IN (email_account, '')
-        AND queue.name = ifnull(:queue, queue.name) AND requester = ifnull(:from, requester)
-        AND NOT EXISTS (SELECT 1 FROM json_each(:words) WHERE NOT EXISTS (
-            SELECT 1 FROM message WHERE message.ticket = ticket.id
-            AND instr(lower(from_address || ' ' || subject || ' ' || text), lower(value))))
-        ORDER BY updated_at DESC, ticket.id DESC LIMIT :limit""", asked | equal)
+        WHERE {where} AND :account IN (email_account, '')
+        AND queue.name = ifnull(:queue, queue.name)
+        ORDER BY updated_at DESC, ticket.id DESC LIMIT :limit""", asked)
 
 
 MESSAGE_HEAD = "\n--- {direction} {received_at} {from_name} <{from}> {kind}\n    {reason}\n"
@@ -3903,9 +3912,9 @@ def outbox_retry(store: Store, which: str) -> Any:
 
     Make a mail due now, or all that failed.
     """
-    rows = store.write(run_one, """UPDATE outbox SET state = 'queued',
-        next_attempt_at = :now, give_up_at = :now + :wait
-        WHERE iif(:which = 'all', state = 'failed', id = :which)
+    meant = "state = 'failed'" if which == "all" else "id = :which"
+    rows = store.write(run_one, f"""UPDATE outbox SET state = 'queued',
+        next_attempt_at = :now, give_up_at = :now + :wait WHERE {meant}
         AND (state IN ('queued', 'failed') OR state = 'sending' AND next_attempt_at <= :now)
         RETURNING id, state""", {"now": store.now(), "wait": GIVE_UP, "which": which})
     if not rows and which != "all":
@@ -4084,8 +4093,8 @@ def checks_of(store: Store) -> Iterator[Check]:
     yield f"SQLite {sqlite3.sqlite_version} {fix} the fix of the WAL-reset bug", True, ""
     words = store.rows("PRAGMA quick_check(1)")[0]["quick_check"]
     yield "file", words == "ok", f"{words}: stop, restore a backup"
-    newest = store.rows("SELECT ifnull(max(received_at), 0) AS at FROM message")[0]["at"]
-    yield ("clock", newest <= store.now() + 60,
+    newest = store.rows("SELECT received_at FROM message ORDER BY id DESC LIMIT 1")
+    yield ("clock", all(row["received_at"] <= store.now() + 60 for row in newest),
            "the newest message is of the future: set the clock")
     path = Path(store.path).resolve()
     for file in sorted(path.parent.glob(path.name + "*")):

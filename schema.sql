@@ -131,7 +131,9 @@ CREATE TABLE ticket (
     created_at INTEGER NOT NULL,
     updated_at INTEGER NOT NULL                     -- of the last message or change of status
 ) STRICT;
-CREATE INDEX ticket_waiting ON ticket (updated_at) WHERE status = 'open' AND last_writer = 'customer';  -- tickets
+CREATE INDEX ticket_open ON ticket (updated_at) WHERE status = 'open';  -- tickets
+CREATE INDEX ticket_updated ON ticket (updated_at);                    -- tickets closed, tickets all
+CREATE INDEX ticket_requester ON ticket (requester, updated_at);       -- tickets --from
 
 CREATE TRIGGER ticket_delete AFTER DELETE ON ticket BEGIN  -- also in a shell that has foreign keys off
     DELETE FROM message WHERE ticket = OLD.id;
@@ -226,7 +228,8 @@ CREATE TABLE outbox (
 CREATE INDEX outbox_message ON outbox (message);    -- parties; notices of a ticket; ON DELETE CASCADE
 CREATE INDEX outbox_own_id ON outbox (email_account, own_message_id COLLATE NOCASE)  -- thread, by what is
     WHERE purpose NOT IN ('confirmation', 'reply');                                  -- no message's own id
-CREATE INDEX outbox_state ON outbox (state, next_attempt_at);                    -- claim; trouble
+CREATE INDEX outbox_state ON outbox (state, email_account, next_attempt_at);     -- claim; troubles
+CREATE INDEX outbox_give_up ON outbox (give_up_at) WHERE next_attempt_at IS NOT NULL;  -- likewise
 CREATE INDEX outbox_mailbox ON outbox (mailbox, purpose, created_at);            -- caps to one address
 CREATE INDEX outbox_domain ON outbox (domain, purpose, created_at);              -- cap to one domain
 CREATE INDEX outbox_account ON outbox (email_account, purpose, created_at);      -- cap in all

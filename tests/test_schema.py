@@ -658,3 +658,63 @@ def test_each_table_explains_itself_in_its_own_words(desk):
     [sql] = [sql for name, sql in tables if name == "outbox"]
     for state in ("queued", "sending", "sent", "failed"):
         assert re.search(rf"-- .*\b{state}\b", sql)
+
+
+# Cost ---------------------------------------------------------------------------------------------
+
+GROWING = "ticket|message|attachment|outbox|rejected"
+
+
+@pytest.fixture
+def traced(desk, monkeypatch):
+    """A desk, and the statements that it has executed, with their values in them."""
+    statements = []
+    connect = inbound.Store._connect
+
+    def connect_traced(store):
+        connection = connect(store)
+        connection.set_trace_callback(statements.append)
+        return connection
+
+    monkeypatch.setattr(inbound.Store, "_connect", connect_traced)
+    desk.store.close()
+    return desk, statements
+
+
+# `forget`, `tickets --search`, `backup` and doctor's check of the file look at all by their nature.
+def test_no_query_looks_through_a_table_that_grows(traced, sink):
+    desk, statements = traced
+    desk.set_account(staff="ada@staff.example,bob@staff.example")
+    desk.send_to(sink.port)
+    reference = desk.post(desk.mail())["ticket"]
+    desk.post(desk.mail(message_id="<2@x>", in_reply_to="<first@customer.example>", text="more"))
+    desk.post(desk.mail(message_id="<3@x>", subject=f"Re: [{reference}]", attachments=[
+        {"filename": "a", "content": "YQ=="}], **{"from": "else@where.example"}))
+    desk.post({"from": "nobody"}, status=422)
+    inbound.send_due(desk.store)
+    own = desk.sql("SELECT own_message_id FROM outbox")[0][0]
+    desk.post(desk.mail(message_id="<4@x>", **{"from": "MAILER-DAEMON@x.example"}, subject="failure",
+                        in_reply_to=own, headers={"Auto-Submitted": "auto-replied"}))
+    for argv in (["tickets"], ["tickets", "waiting"], ["tickets", "closed"], ["tickets", "all"],
+                 ["tickets", "--from", "ada@customer.example"], ["tickets", "all", "--limit", "0"],
+                 ["show", reference], ["close", reference], ["reopen", reference], ["outbox"],
+                 ["outbox", "show", "1"], ["outbox", "retry", "all"], ["rejected"],
+                 ["rejected", "show", "1"], ["rejected", "replay", "1"], ["account"], ["secret"]):
+        desk.run(*argv)
+    desk.run("doctor", status=1)
+    desk.run("reply", reference, stdin="Hello")
+    desk.app.get("/healthz")
+    queries = dict.fromkeys(query for query in statements if re.match(
+        r"\s*(?:WITH|SELECT|UPDATE|DELETE|INSERT)", query))
+    assert len(queries) > 60
+    assert {query: plan for query in queries if (plan := slow_plan(desk, query))} == {}
+
+
+def slow_plan(desk, query):
+    """The plan of a query that looks at all rows of a table that grows, or sorts them; else []."""
+    plan = [row[3] for row in desk.sql(f"EXPLAIN QUERY PLAN {query}")]
+    if not any(re.match(rf"SCAN (?:{GROWING}|mail)\b", step) for step in plan):
+        return []
+    # Read in the order of an index, or of the id, it ends at its limit; that many may be sorted.
+    is_sorted = any("TEMP B-TREE" in step for step in plan) and "CO-ROUTINE" not in plan[0]
+    return plan if is_sorted or "LIMIT" not in query else []

@@ -856,17 +856,6 @@ def test_waiting_are_the_open_tickets_whose_customer_wrote_last(asked):
     assert f"{asked.reference}  Support  closed" in asked.run("tickets", "closed")
 
 
-def test_waiting_is_found_by_its_index(asked):
-    queries = []
-    asked.store.rows("SELECT 1")
-    asked.store._reader.set_trace_callback(queries.append)
-    inbound.tickets(asked.store, "waiting")
-    [query] = [query for query in queries if "last_writer" in query]
-    plan = [row[3] for row in asked.sql(f"EXPLAIN QUERY PLAN {query}")]
-    assert plan[0] == "SCAN ticket USING INDEX ticket_waiting"
-    assert not any("ORDER BY" in step for step in plan)
-
-
 def test_a_reply_from_the_shell_is_told_to_the_team(asked):
     asked.run("reply", asked.reference, stdin="Pull the plug.\n")
     assert sent(asked)[3:] == [("reply", ADA), ("notice", BOB), ("notice", CLEO)]
