@@ -3174,8 +3174,8 @@ def claim(db: DB, now: int, account: Row) -> Any:
         WHERE state = 'queued' AND next_attempt_at IS NOT NULL AND give_up_at <= :now""",
                values)
     # What is due far later than we ever wait is due now: the clock was set back.
-    db.execute("""UPDATE outbox SET next_attempt_at = :now
-        WHERE state = 'queued' AND email_account = :id AND next_attempt_at > :far""", values)
+    db.execute("""UPDATE outbox SET next_attempt_at = :now WHERE state = 'queued'
+        AND email_account = :id AND next_attempt_at > :far""", values)
     return db.execute("""UPDATE outbox
         SET state = 'sending', attempts = attempts + 1, next_attempt_at = :lease
         WHERE id = (SELECT id FROM outbox WHERE state = 'queued' AND email_account = :id
