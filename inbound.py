@@ -50,6 +50,7 @@ import base64
 import binascii
 import codecs
 import contextlib
+import ctypes
 import difflib
 import email.contentmanager
 import email.header
@@ -65,6 +66,7 @@ import http.client
 import inspect
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -1454,7 +1456,8 @@ def raw_headers_of(value: Any, faults: Faults) -> Headers:
     if isinstance(value, dict):
         # CloudMailin writes message_id; beside a hyphen `_` is the sender's own.
         dash = "_" if "-" in "".join(value) else "-"
-        value = [[name.replace("_", dash), value[name]] for name in value]
+        value = [[name.replace("_", dash), value[name]]
+                 for name in itertools.islice(value, MAX_HEADER_LINES + 1)]
     headers = []
     for item in items_of(value):
         name, content = header_pair(item)
@@ -3358,6 +3361,9 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080",
     """
     import waitress  # the only verb that needs it
 
+    with contextlib.suppress(AttributeError):       # glibc's mallopt(3): M_MMAP_THRESHOLD
+        # It grows with what is freed, and what lies below it is not given back.
+        ctypes.CDLL(None).mallopt(-3, 2**17)
     dispatcher = Dispatcher(store)
     try:
         if trusted_proxy not in ("", "localhost"):
