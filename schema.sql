@@ -133,7 +133,7 @@ CREATE TABLE ticket (
 ) STRICT;
 CREATE INDEX ticket_open ON ticket (updated_at) WHERE status = 'open';  -- tickets
 CREATE INDEX ticket_updated ON ticket (updated_at);                    -- tickets closed, tickets all
-CREATE INDEX ticket_requester ON ticket (requester, updated_at);       -- tickets --from
+CREATE INDEX ticket_requester ON ticket (requester);                   -- tickets --from
 
 CREATE TRIGGER ticket_delete AFTER DELETE ON ticket BEGIN  -- also in a shell that has foreign keys off
     DELETE FROM message WHERE ticket = OLD.id;
