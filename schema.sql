@@ -131,7 +131,8 @@ CREATE TABLE ticket (
     created_at INTEGER NOT NULL,
     updated_at INTEGER NOT NULL                     -- of the last message or change of status
 ) STRICT;
-CREATE INDEX ticket_waiting ON ticket (updated_at) WHERE status = 'open' AND last_writer = 'customer';  -- tickets
+CREATE INDEX ticket_waiting ON ticket (last_writer)     -- tickets waiting; not by time, which each reply changes
+    WHERE status = 'open' AND last_writer = 'customer';
 
 CREATE TRIGGER ticket_delete AFTER DELETE ON ticket BEGIN  -- also in a shell that has foreign keys off
     DELETE FROM message WHERE ticket = OLD.id;
