@@ -451,7 +451,7 @@ def receive(store: Store, post: Post) -> Steps:
         if reading.is_kept:
             yield keep, safe(post), 200, reading.notice
         return reading.provider, {"status": "ignored", "reason": reading.notice}
-    if any(answer["confirmation"] == "queued" for answer in answers):
+    if post.account["staff"] or any(row["confirmation"] == "queued" for row in answers):
         store.has_mail.set()
     batch = {"status": "batch", "messages": answers}
     return reading.provider, batch if reading.is_batch else answers[0]
@@ -498,7 +498,7 @@ def health(store: Store) -> Steps:
         yield (rehearse,)
         disk = shutil.disk_usage(store.path)
         rows = store.rows(TROUBLES, {
-            "now": now, "give_up": GIVE_UP, "free": 100 * disk.free / disk.total,
+            "now": now, "free": 100 * disk.free / disk.total,
             "refused": sum(at > now - REFUSALS_SHOWN for at, _ in [*store.refusals])})
     except Refused as refusal:
         rows = [{"is_urgent": 1, "words": refusal.reason}]
@@ -513,7 +513,7 @@ TROUBLES = """
     WHERE NOT EXISTS (SELECT 1 FROM email_account WHERE inbound_secret IS NOT NULL)
     UNION ALL SELECT 1, 'the outbox waits for over an hour: run `inbound outbox`'
     WHERE EXISTS (SELECT 1 FROM outbox
-        WHERE next_attempt_at IS NOT NULL AND give_up_at < :now + :give_up - 3600)
+        WHERE next_attempt_at IS NOT NULL AND created_at < :now - 3600)
     UNION ALL SELECT 1, 'disk: ' || round(:free, 1) || ' % free, expected 5 % or more'
     WHERE :free < 5
     UNION ALL SELECT 0, address || ' has no relay: run `inbound account set smtp_host=…`'
@@ -2928,7 +2928,7 @@ OUR_LINE = re.compile(r"^[^\w\n]{0,40}\[inbound\](?:[^\S\n].*)?(?:\n|\Z)", re.M)
 NO_BYTES = re.compile(r"\A(?!(?:application|audio|image|video)/[a-z0-9.+-]{1,99}\Z).*")
 HOW_TO_ANSWER = (
     "Your reply to this mail goes to {requester}, without these lines. With `close` alone "
-    "on its first line it closes the ticket, with `close!` it does nothing else.")
+    "on its first line it closes the ticket.")
 SUMMARY = """More than {} messages have come within an hour; the next are not told by mail.
 What waits for an answer: inbound tickets waiting
 """
@@ -3019,15 +3019,14 @@ def file_answer(db: DB, now: int, post: Post, ticket: Row, message: Message) -> 
     account, author = post.account, message.from_address
     text = OUR_LINE.sub("", message.text.replace("\r\n", "\n")).lstrip()
     first, _, rest = text.partition("\n")
-    word = first.strip().lower()
-    is_closing = word in ("close", "close!")
+    is_closing = first.strip().lower() in ("close", "close!")
     if is_closing:
         text = rest.lstrip("\n")
     for each in our_ids(message):       # who quotes the notice with all its headers
         text = text.replace(each, "…")
     draft, reason = None, f"closed by {author}, without an answer"
-    files = [] if word == "close!" else files_of(message)
-    if files or word != "close!" and has_words(text, account["address"].lower()):
+    files = files_of(message)
+    if files or has_words(text, account["address"].lower()):
         draft = draft_answer(db, now, account, ticket, ticket["requester"], text, files)
         reason = f"answer of {author}" + (", who closed the ticket" if is_closing else "")
     elif not is_closing:
@@ -3167,15 +3166,16 @@ def refuse(db: DB, now: int, post: Post, ticket: Row, row: int, message: Message
 
 def claim(db: DB, now: int, account: Row) -> Any:
     """Lease the account's next due row for LEASE seconds; None if nothing is due."""
-    values = {"now": now, "lease": now + LEASE, "far": now + 2 * MAX_WAIT, **account}
+    values = {"now": now, "lease": now + LEASE, "far": now + 2 * MAX_WAIT,
+              "give_up": GIVE_UP, **account}
     db.execute("""UPDATE outbox SET state = 'queued' WHERE state = 'sending'
         AND email_account = :id AND next_attempt_at NOT BETWEEN :now + 1 AND :lease""",
                values)
     db.execute("""UPDATE outbox SET state = 'failed', next_attempt_at = NULL,
         last_error = 'not delivered in 24 h; '
             || iif(last_error = '', 'no smtp_host was set', last_error)
-        WHERE state = 'queued' AND next_attempt_at IS NOT NULL AND give_up_at <= :now""",
-               values)
+        WHERE state = 'queued' AND next_attempt_at IS NOT NULL
+        AND created_at <= :now - :give_up AND give_up_at <= :now""", values)
     # What is due far later than we ever wait is due now: the clock was set back.
     db.execute("""UPDATE outbox SET next_attempt_at = :now WHERE state = 'queued'
         AND email_account = :id AND next_attempt_at > :far""", values)

@@ -229,7 +229,7 @@ CREATE INDEX outbox_message ON outbox (message);    -- parties; notices of a tic
 CREATE INDEX outbox_own_id ON outbox (email_account, own_message_id COLLATE NOCASE)  -- thread, by what is
     WHERE purpose NOT IN ('confirmation', 'reply');                                  -- no message's own id
 CREATE INDEX outbox_state ON outbox (state, email_account, next_attempt_at);     -- claim; troubles
-CREATE INDEX outbox_give_up ON outbox (give_up_at) WHERE next_attempt_at IS NOT NULL;  -- likewise
+CREATE INDEX outbox_created ON outbox (created_at) WHERE next_attempt_at IS NOT NULL;  -- likewise
 CREATE INDEX outbox_mailbox ON outbox (mailbox, purpose, created_at);            -- caps to one address
 CREATE INDEX outbox_domain ON outbox (domain, purpose, created_at);              -- cap to one domain
 CREATE INDEX outbox_account ON outbox (email_account, purpose, created_at);      -- cap in all

@@ -127,7 +127,7 @@ It burns.
 [inbound] inbound attachment 1 FILE
 [inbound] Your reply to this mail goes to {ADA},
 [inbound] without these lines. With `close` alone on its first line
-[inbound] it closes the ticket, with `close!` it does nothing else.
+[inbound] it closes the ticket.
 """
     assert team.run("attachment", "1", str(team.path) + ".pdf") == ""
 
@@ -469,7 +469,7 @@ CLOSING = [
     ("Close \r\nPull the plug.\r\n", "Pull the plug.", "closed"),
     ("\n\nclose\nPull the plug.", "Pull the plug.", "closed"),
     ("close", None, "closed"), ("close!", None, "closed"), ("CLOSE!\n\n", None, "closed"),
-    ("close!\n\nThis one is a robot.\n", None, "closed"),
+    ("close!\n\nPull the plug.\n", "Pull the plug.", "closed"),
     ("close" + OUTLOOK, None, "closed"), ("close" + GMAIL, None, "closed"),
     ("close" + THUNDERBIRD, None, "closed"), ("close!" + OUTLOOK, None, "closed"),
     ("close\n\n-- \nBob, Team\n" + GMAIL, None, "closed"),
@@ -527,12 +527,6 @@ def test_close_on_the_first_line_closes_and_is_not_sent(asked, door, text, gets,
         [body] = bodies
         assert gets in body and "[inbound]" not in body
         assert not body.lower().startswith("close\n")
-
-
-def test_who_only_closes_may_attach_what_could_not_be_sent(asked):
-    answer = asked.post(reply_to(asked.notice, "close!", attachments=[
-        {"filename": "a.pdf", "content": "?"}]))
-    assert (answer["reason"], refusals(asked)) == (f"closed by {BOB}, without an answer", [])
 
 
 def test_an_attachment_alone_is_an_answer_but_not_the_notice_itself(asked):
