@@ -37,7 +37,7 @@ def post(url, subject, megabytes="0", way=""):
         headers["X-Mobieus-Inbound-Secret"] = os.environ["SECRET"]
     split = urllib.parse.urlsplit(url)
     kind = {"https": http.client.HTTPSConnection, "http": http.client.HTTPConnection}[split.scheme]
-    connection = kind(split.netloc, timeout=100)
+    connection = kind(split.netloc, timeout=30)
     path = split.path + f"?{split.query}" * bool(split.query)
     body = json.dumps(mail).encode()
     if way == "chunked":
