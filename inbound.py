@@ -49,7 +49,6 @@ import atexit
 import base64
 import binascii
 import codecs
-import concurrent.futures
 import contextlib
 import difflib
 import email.contentmanager
@@ -84,7 +83,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -115,8 +114,11 @@ MAX_OWN_ID = 250            # characters; a longer id is stored but enters no he
 FIRST_REFERENCES = 20       # ids of References that are looked at from its beginning …
 LAST_REFERENCES = 80        # … and from its end, where the parent stands
 
-THREADS = 12                # of the server
+THREADS = 32                # of the server, of which one works …
+PATIENCE = 0.05             # … and another where it is away for so many seconds
+GROUP = 2**17               # bytes of posts that share a sync; a larger one is alone
 BUSY_TIMEOUT = 2.0          # seconds to wait for SQLite's lock, then 503. SIGTERM leaves 5
+REPLICATION = 2             # seconds to wait for the second machine, then 503
 REFUSALS_SHOWN = 3600       # seconds for which /healthz warns of a refused secret
 HOPELESS = 60               # seconds without a successful read or write: the server ends
 LEASE = 45                  # seconds a courier has a row, then it is anybody's again
@@ -241,32 +243,25 @@ HEAVY_LOCK = threading.Lock()
 TRUSTED_PROXY = os.environ.get("INBOUND_TRUSTED_PROXY", "")
 LOOPBACK = ("127.0.0.1", "::1")
 Answer = tuple[int, Row, "str | None"]      # status, JSON object, text in its place
+# Work on a request: it yields what it wants written, (Work, *args), and is sent the result.
+Steps = Generator[tuple[Any, ...], Any, Any]
 Start = Callable[..., Any]                  # WSGI's start_response
 Wsgi = Callable[[Row, Start], list[bytes]]
+PROGRESS = "inbound.progress"               # of a request; key of its environ
 
 
-def make_app(store: Store, trusted_proxy: str = TRUSTED_PROXY) -> Wsgi:
+def make_app(store: Store) -> Wsgi:
     """Return the WSGI application (PEP 3333) that files mail in `store`."""
 
     def app(environ: Row, start_response: Start) -> list[bytes]:
-        began = time.perf_counter()
-        environ["REMOTE_ADDR"] = client_of(environ, trusted_proxy)
-        text = None
-        try:
-            status, content, text = respond(store, environ)
-        except Refused as refusal:
-            status, content = refusal.status, {"error": refusal.reason}
-            if refusal.fields:
-                content["fields"] = refusal.fields
-        except Exception:
-            log.exception("while answering")
-            status = 500
-            content = {"error": "unexpected: nothing was stored, send it again"}
+        # Our own server brings several requests as far as their commit, then comes here.
+        progress = environ.get(PROGRESS) or Progress(answered(store, environ))
+        status, content, text = progress.finish(store)
         line = json.dumps(content)
         # Escaped and capped: nobody outside writes a line of this log.
         level = logging.ERROR if status >= 500 else logging.INFO
         log.log(level, "%d %sB %.0fms %s %s", status, environ.get("CONTENT_LENGTH") or 0,
-                 1000 * (time.perf_counter() - began), environ.get("REMOTE_ADDR"),
+                 1000 * (time.perf_counter() - progress.began), environ.get("REMOTE_ADDR"),
                  printable(line[1:-1])[:300])
         kind = "text/plain" if text else "application/json"
         body = (text or line + "\n").encode()
@@ -276,6 +271,38 @@ def make_app(store: Store, trusted_proxy: str = TRUSTED_PROXY) -> Wsgi:
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
     return app
+
+
+class Progress:
+    """How far steps came: to a `job` that has to be committed, or to their `value`."""
+
+    def __init__(self, steps: Steps):
+        self.began = time.perf_counter()
+        self.steps = steps
+        self.job: Job | None = None
+        self.value: Any = None
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Go on from the start, or from a committed job, which may have failed."""
+        try:
+            if self.job is None:
+                wanted = next(self.steps)
+            elif self.job.error:
+                wanted = self.steps.throw(self.job.error)
+            else:
+                wanted = self.steps.send(self.job.result)
+            self.job = Job(*wanted)
+        except StopIteration as end:
+            self.job, self.value = None, end.value
+
+    def finish(self, store: Store) -> Any:
+        """Go to the end; return the value, or raise what the steps raise."""
+        while self.job:
+            if not self.job.is_done:
+                store.commit([self.job])
+            self.go_on()
+        return self.value
 
 
 def app(environ: Row, start_response: Start) -> list[bytes]:
@@ -336,11 +363,26 @@ def printable(text: str) -> str:
     return ascii(text)[1:-1]
 
 
-def respond(store: Store, environ: Row) -> Answer:
+def answered(store: Store, environ: Row) -> Steps:
+    """Return the Answer to a request, whatever happens on the way to it."""
+    environ["REMOTE_ADDR"] = client_of(environ, store.trusted_proxy)
+    try:
+        return (yield from respond(store, environ))
+    except Refused as refusal:
+        content: Row = {"error": refusal.reason}
+        if refusal.fields:
+            content["fields"] = refusal.fields
+        return refusal.status, content, None
+    except Exception:
+        log.exception("while answering")
+        return 500, {"error": "unexpected: nothing was stored, send it again"}, None
+
+
+def respond(store: Store, environ: Row) -> Steps:
     """Route a request; Refused 404, 405 and what the rest of the way refuses."""
     path, method = environ.get("PATH_INFO", ""), environ["REQUEST_METHOD"]
     if path == "/healthz" and method in ("GET", "HEAD"):
-        return health(store)
+        return (yield from health(store))
     # As it was sent: `//api` and `/api%2F` are one path to servers, not to proxies' rules.
     sent = environ.get("REQUEST_URI") or environ.get("RAW_URI") or path
     is_plain = sent.partition("?")[0] == environ.get("SCRIPT_NAME", "") + path
@@ -355,7 +397,7 @@ def respond(store: Store, environ: Row) -> Answer:
     if token and not post.body:     # Microsoft Graph probes so
         return 200, {"status": "probed"}, token[0]
     try:
-        provider, content = receive(store, post)
+        provider, content = yield from receive(store, post)
     except Refused as refusal:
         if refusal.status == 503 or not by_body:
             raise
@@ -370,8 +412,8 @@ def query_of(environ: Row) -> dict[str, list[str]]:
     return urllib.parse.parse_qs(environ.get("QUERY_STRING", ""), True, encoding="latin-1")
 
 
-def receive(store: Store, post: Post) -> tuple[str, Row]:
-    """Make messages of a post and store them; return (provider, answer).
+def receive(store: Store, post: Post) -> Steps:
+    """Make messages of a post and have them stored; return (provider, answer).
 
     What could not be understood is kept in `rejected` before Refused 400, 415, 422 or
     `quarantined` says so. `rejected replay` comes this way too.
@@ -384,16 +426,23 @@ def receive(store: Store, post: Post) -> tuple[str, Row]:
     except Refused as refusal:      # the value that it names may be the secret
         reason = starred(post.account, refusal.reason)
         if refusal.status != 503:
-            store.write(keep, safe(post), refusal.status, reason)
+            yield keep, safe(post), refusal.status, reason
         raise Refused(refusal.status, reason, {
             name: starred(post.account, fault)
             for name, fault in refusal.fields.items()}) from None
     except Exception as error:
         filings = [fault_of(error, post, reading.provider)]
-    answers = store.write(file_post, post, filings)
+    try:
+        answers = yield file_post, post, filings
+    except Refused:
+        raise
+    except Exception as error:      # undone; now it is kept
+        answers = yield file_post, post, [fault_of(error, post, "filing")]
+    if len(post.body) > HEAVY:
+        store.let_go()
     if not answers:
         if reading.is_kept:
-            store.write(keep, safe(post), 200, reading.notice)
+            yield keep, safe(post), 200, reading.notice
         return reading.provider, {"status": "ignored", "reason": reading.notice}
     if any(answer["confirmation"] == "queued" for answer in answers):
         store.has_mail.set()
@@ -423,9 +472,9 @@ def understand(reading: Reading, member: Any, post: Post) -> Filing | str:
             mail["whole"] = (reading.cut, "post", kept.content_type, kept.body)
         message = normalise(mail, is_strict=reading.provider == "canonical")
         return Filing(message, *classify(message, post))
-    except Refused:
-        raise
     except Exception as error:
+        if isinstance(error, Refused) and not reading.is_batch:
+            raise
         return fault_of(error, post, reading.provider)
 
 
@@ -435,11 +484,11 @@ def fault_of(error: Exception, post: Post, where: str) -> str:
     return starred(post.account, f"{words} ({where})")
 
 
-def health(store: Store) -> Answer:
+def health(store: Store) -> Steps:
     """GET /healthz: 503 with reasons when mail is not taken or sent; else warnings."""
     now = store.now()
     try:
-        store.write(rehearse)
+        yield (rehearse,)
         disk = shutil.disk_usage(store.path)
         rows = store.rows(TROUBLES, {
             "now": now, "free": 100 * disk.free / disk.total,
@@ -737,7 +786,7 @@ def within_json_budget(text: str) -> str:
 
     Python takes up to 60 bytes for each of the 3 in `[],`.
     """
-    if sum(text.count(mark) for mark in '[{"') < MAX_VALUES:
+    if len(text) < MAX_VALUES or sum(map(text.count, '[{"')) < MAX_VALUES:
         return text
     closers: list[str] = []
     values = 0
@@ -777,6 +826,8 @@ def at(value: Any, path: Any, missing: Any = None) -> Any:
         return next(filter(None, found), missing)
     if path is None:
         return missing
+    if path in CANONICAL and isinstance(value, dict):   # the usual way, without the walk
+        return value.get(path, missing)
     for step in filter(None, path.split(".")):
         if isinstance(value, str):
             value = json_in(value)
@@ -1255,7 +1306,7 @@ def mail_of(provider: Provider, post: Any) -> Mail:
         mail = mail_of_mime(raw)
     else:
         mail = {name: at(known, paths) for name, paths in SPELLINGS.items() if known}
-        listed = [at(known, name) for name in FILES]
+        listed = [at(known, name) for name in FILES if known]
         mail["attachments"] = [
             file for files in listed
             for file in items_of(json_in(files) or files)
@@ -1266,7 +1317,7 @@ def mail_of(provider: Provider, post: Any) -> Mail:
         if provider.mend:
             provider.mend(post, mail)
         if provider.place is not None and not any(mail.values()):
-            raise ValueError("nothing in it reads as a mail")
+            raise Refused(422, f"nothing in it reads as a mail of {provider.name}")
     mail["verdict"] = at(known, VERDICT)
     if provider.envelope_from:
         mail["envelope"] = {"from": at(post, provider.envelope_from)}
@@ -1512,6 +1563,8 @@ def ids_of(value: Any) -> list[str]:
     RFC 5322 3.6.4, and what is seen: lists, folding inside the brackets, `&lt;`, missing
     brackets. Of many, the first 20 and the last 80.
     """
+    if not value:
+        return []
     text = " ".join(text for text in items_of(value) if isinstance(text, str))
     text = clean(text).replace("&lt;", "<").replace("&gt;", ">")
     ids = dict.fromkeys(
@@ -1716,11 +1769,11 @@ def keyword(value: str) -> str:
 def has(names: str, pattern: str, by: Callable[..., str] = keyword) -> Test:
     """Whether of these headers (lower case) a value, read by `by`, matches as a whole."""
     matches = re.compile(pattern, re.I).fullmatch
-    keys = names.split()
+    keys = frozenset(names.split())
 
     def holds(mail: Evidence) -> bool:
-        return any(matches(by(value))
-                   for key in keys for value in mail.headers.get(key, ()))
+        return not keys.isdisjoint(mail.headers) and any(
+            matches(by(value)) for key in keys for value in mail.headers.get(key, ()))
 
     return holds
 
@@ -1995,21 +2048,35 @@ def mailbox_key(address: str) -> str:
 
 
 # -----------------------------------------------------------------------------------------
-# Store: one reader, one writer. A request hands its work over and waits; all that waits
-# shares one transaction and one fsync, with a SAVEPOINT each. A message *is* stored when
-# COMMIT returns and the file is still the one that stands at the path.
+# Store: one reader, one writer. What waits for the writer shares one transaction and one
+# fsync, with a SAVEPOINT each. A message *is* stored when COMMIT returns and the file is
+# still the one that stands at the path.
 #
 # WAL with synchronous=FULL: SQLite's defaults lose acknowledged rows on a power cut. Of a
 # process only the writer checkpoints: before 3.51.3 SQLite may corrupt a file that two do
 # it to at once.
+#
+# Where there is a second machine, stored means there, too: Litestream copies the file, and
+# nobody is told 200 before it has.
 
 SCHEMA = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
 SCHEMA_VERSION, APPLICATION_ID = 2, 1768841828      # schema.sql's
 # These very classes: their heirs, IntegrityError and DataError, are the message's fault.
 TROUBLE = (sqlite3.OperationalError, sqlite3.DatabaseError, sqlite3.InternalError)
 Work = Callable[..., Any]       # (connection, seconds UTC, *args) → result
-Future = concurrent.futures.Future[Any]
-sqlite3.register_adapter(list, json.dumps)      # lists stand in the file as JSON
+# Lists stand in the file as JSON; most are empty.
+sqlite3.register_adapter(list, lambda value: json.dumps(value) if value else "[]")
+
+
+class Job:
+    """Work for the writer, and what became of it."""
+
+    def __init__(self, work: Work, *args: Any):
+        self.work = work
+        self.args = args
+        self.result: Any = None
+        self.error: Exception | None = None
+        self.is_done = False
 
 
 class Store:
@@ -2020,17 +2087,19 @@ class Store:
         self.path = path
         self.now = lambda: int(clock())
         self.checkpoints = checkpoints
+        self.trusted_proxy = TRUSTED_PROXY              # of the requests that bring mail
         self.has_mail = threading.Event()               # wakes the courier
         self.refusals: deque[tuple[int, str]] = deque(maxlen=1000)  # (time, client) of 401s
         self.uncounted = self.refusals.copy()           # those not yet in `refused_caller`
         self.uses_of_previous: dict[int, int] = {}      # email_account → when it was used
         self.failing_since = self.blind_since = 0.0     # monotonic; 0: writes, reads work
         self._was_open = False
-        self._jobs: deque[tuple[Work, tuple[Any, ...], Future]] = deque()
+        self._jobs: deque[Job] = deque()
         self._lock = threading.RLock()                  # of the writer and all below
         self._writer: DB | None = None
         self._files: Row = {}                           # `files_at` when it was opened
         self._locked_until = 0.0                        # monotonic
+        self._replica = Replica("")
         self._reader_lock = threading.Lock()
         self._reader: DB | None = None
 
@@ -2092,43 +2161,54 @@ class Store:
                                if isinstance(path, str)})
                 for row in self.rows("SELECT name, fields FROM provider")]
 
+    def replica_socket(self) -> str:
+        """The path of Litestream's control socket; "" = there is one machine."""
+        return os.environ.get("INBOUND_REPLICA", "")
+
     def write(self, work: Work, *args: Any) -> Any:
         """Return the result of `work(connection, now, *args)` once it is synced.
 
         What it raises is raised here and undone alone. Refused 503 if nothing was stored.
         """
-        future = Future()
-        self._jobs.append((work, args, future))
+        job = Job(work, *args)
+        self.commit([job])
+        if job.error:
+            raise job.error
+        return job.result
+
+    def commit(self, jobs: list[Job]) -> None:
+        """Do jobs and all that waits in one transaction; each has its result or error."""
+        self._jobs.extend(jobs)
         with self._lock:
-            if not future.done():       # nobody before us took it along
+            if not all(job.is_done for job in jobs):    # as when another took them along
                 self._commit()
-        try:
-            return future.result()
-        except sqlite3.Error as error:
-            if type(error) in TROUBLE:
-                raise Refused(503, f"the database cannot be written: {error}") from None
-            raise
+        for job in jobs:
+            if type(job.error) in TROUBLE:
+                job.error = Refused(503, f"the database cannot be written: {job.error}")
 
     def _commit(self) -> None:
         """One transaction for all that waits, and for who comes before its end."""
-        results: dict[Future, Any] = {}
+        jobs: list[Job] = []
         try:
             writer = self._begin()
             while self._jobs:
-                work, args, future = self._jobs.popleft()
-                results[future] = None
+                job = self._jobs.popleft()
+                jobs.append(job)
                 try:
-                    results[future] = in_savepoint(writer, work, self.now(), *args)
+                    job.result = in_savepoint(writer, job.work, self.now(), *job.args)
                 except Exception as error:
                     # A full disk ends all of it. What SQLite may not write it opens to
                     # read, without a word, and tells so only here.
                     if not writer.in_transaction or "readonly" in str(error):
                         raise
-                    future.set_exception(error)
+                    job.error = error
             writer.execute("COMMIT")
             self._refuse_if_replaced()
             if writer.total_changes:    # a look for mail that finds none proves nothing
                 self.failing_since = 0.0
+            if fault := self._replica.fault(writer, self.path):
+                for job in jobs:
+                    job.error = job.error or Refused(503, fault)
         except Exception as error:
             # No second fsync on a descriptor whose first failed: the next write opens anew.
             self._close_writer()
@@ -2139,13 +2219,11 @@ class Store:
             if "full" not in str(error):    # room is made by an admin, not by a new process
                 self.failing_since = self.failing_since or time.monotonic()
             while self._jobs:       # who waits behind us shares the fate
-                results[self._jobs.popleft()[2]] = None
-            for future in results:
-                if not future.done():
-                    future.set_exception(error)
-        for future, result in results.items():
-            if not future.done():
-                future.set_result(result)
+                jobs.append(self._jobs.popleft())
+            for job in jobs:
+                job.error = job.error or error
+        for job in jobs:
+            job.is_done = True
 
     def _begin(self) -> DB:
         """The writer in a transaction. Nobody waits for a lock that was there just now."""
@@ -2153,6 +2231,9 @@ class Store:
             self.open()
             self._writer = self._connect()
             self._files = {}
+            self._replica = Replica(self.replica_socket())
+            if self._replica.path:      # Litestream checkpoints what it has copied
+                self._writer.execute("PRAGMA wal_autocheckpoint = 0")
         wait = BUSY_TIMEOUT if time.monotonic() > self._locked_until else 0
         self._writer.execute(f"PRAGMA busy_timeout = {1000 * wait:.0f}")
         self._writer.execute("BEGIN IMMEDIATE")
@@ -2176,6 +2257,12 @@ class Store:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+            self._replica.close()
+
+    def let_go(self) -> None:
+        """Give back the writer's copy of what it stored last, which its statement holds."""
+        with self._lock:
+            self._close_writer()
 
     def close(self) -> None:
         """Close when nobody is at work: SQLite crashes when closed under a query."""
@@ -2186,10 +2273,54 @@ class Store:
                 self._reader = None
 
 
+class Replica(http.client.HTTPConnection):
+    """Litestream, by the control socket at `path`; the connection is kept."""
+
+    def __init__(self, path: str):
+        super().__init__("localhost", timeout=REPLICATION)
+        self.path = path
+        self.copied: Any = None
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
+
+    def fault(self, db: DB, path: str) -> str:
+        """Wait until all that is committed is copied; return why it is not, "" if it is.
+
+        A repeat writes nothing, and waits nevertheless if what it repeats was not copied,
+        whichever process wrote that.
+        """
+        if not self.path:
+            return ""
+        words = ""
+        changes = db.total_changes, db.execute("PRAGMA data_version").fetchone()
+        if changes == self.copied:
+            return ""
+        try:
+            self.request("POST", "/sync", json.dumps(
+                {"path": os.path.abspath(path), "wait": True, "timeout": REPLICATION}))
+            words = decode(self.getresponse().read(MAX_REPLY), None)
+            reply = json.loads(words)
+            if reply["replicated_txid"] >= reply["txid"] > 0:
+                self.copied = changes
+                return ""
+        except (OSError, http.client.HTTPException,
+                ValueError, TypeError, LookupError) as error:
+            words = words or repr(error)
+        self.close()
+        why = printable(str(at(json_in(words), "error", words)))[:200]
+        return f"stored, but not on the replica; send it again: {why}"
+
+
 def files_at(path: str) -> dict[str, Any]:
     """(inode, device) of a database and its companions, as far as they are there."""
-    return {end: os.stat(path + end)[1:3] for end in ("", "-wal", "-shm")
-            if os.path.exists(path + end)}
+    found = {}
+    for end in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            found[end] = os.stat(path + end)[1:3]
+    return found
 
 
 def in_savepoint(db: DB, work: Work, *args: Any) -> Any:
@@ -2320,7 +2451,12 @@ def new_secret() -> str:
 # became none.
 
 def file_post(db: DB, now: int, post: Post, filings: list[Filing | str]) -> list[Row]:
-    """Store each member of a post; one that was not understood has it kept, once."""
+    """Store each member of a post; one that was not understood has it kept, once.
+
+    What cannot be filed costs a batch nothing but this member; alone it is raised.
+    """
+    if len(filings) == 1 and isinstance(filings[0], Filing):
+        return [file_message(db, now, post, filings[0])]
     answers: list[Row] = []
     faults: list[str] = []
     for filing in filings:
@@ -2405,12 +2541,13 @@ def date_of(message: Message, now: int) -> int:
 
 def open_ticket(db: DB, now: int, account: Row, message: Message, kind: str) -> Row:
     """Insert a ticket; automatic replies and bounces go to the queue `Automatic`."""
-    letters = "".join(secrets.choice("0123456789ABCDEFGHJKMNPQRSTVWXYZ") for _ in range(8))
+    letters = "".join(CROCKFORD[byte % 32] for byte in secrets.token_bytes(8))
     ticket: Row = db.execute(NEW_TICKET, account | vars(message) | {
         "reference": f"T-{letters[:4]}-{letters[4:]}", "kind": kind, "now": now}).fetchone()
     return ticket
 
 
+CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 NEW_TICKET = """
     INSERT INTO ticket (reference, queue, email_account, subject, requester, requester_name,
         created_at, updated_at)
@@ -2588,14 +2725,18 @@ def reason_to_withhold(db: DB, now: int, post: Post, message: Message) -> str:
         return "From is not one address that we write to (RFC 3834 3.1.3)"
     counted = {"mailbox": mailbox, "domain": domain_key(mailbox),
                "email_account": post.account["id"]}
-    for cap, seconds, column in CAPS:
-        # Until now: what a clock that was wrong dated into the future does not count.
-        sent = db.execute(f"""SELECT count(*) AS n FROM outbox WHERE {column} = ?
-            AND purpose = 'confirmation' AND created_at BETWEEN ? AND ?""", [
-                counted[column], now - seconds + 1, now]).fetchone()["n"]
-        if sent >= post.account[cap] and counted[column] not in LARGE_PROVIDERS:
+    sent = db.execute(SENT, counted | {"now": now}).fetchone()
+    for cap, _, column in CAPS:
+        if sent[cap] >= post.account[cap] and counted[column] not in LARGE_PROVIDERS:
             return f"the cap {cap} is reached"
     return ""
+
+
+# Until now: what a clock that was wrong dated into the future does not count.
+SENT = "SELECT " + ", ".join(
+    f"""(SELECT count(*) FROM outbox WHERE {column} = :{column} AND purpose = 'confirmation'
+        AND created_at BETWEEN :now - {seconds - 1} AND :now) AS {cap}"""
+    for cap, seconds, column in CAPS)
 
 
 def domain_key(mailbox: str) -> str:
@@ -2765,26 +2906,21 @@ class Relay:
 
         A session that cannot be used any more is closed: `smtp` is None again.
         """
-        # smtplib has no total deadline: a server that drips bytes would hold us for ever.
-        watchdog = threading.Timer(DELIVERY, self.abort)
-        watchdog.daemon = True
-        watchdog.start()
         is_ready = False
         try:
-            if self.smtp is None:
-                self.connect()
-            if not watchdog.is_alive():     # it could not cut short what DNS took
-                raise TimeoutError(f"no session within {DELIVERY} s")
-            is_ready = True
-            self.smtp.sendmail(row["envelope_from"], [row["recipient"]], row["content"])
+            with self.deadline() as watchdog:
+                if self.smtp is None:
+                    self.connect()
+                if not watchdog.is_alive():     # it could not cut short what DNS took
+                    raise TimeoutError(f"no session within {DELIVERY} s")
+                is_ready = True
+                self.smtp.sendmail(row["envelope_from"], [row["recipient"]], row["content"])
             return "sent", ""
         except smtplib.SMTPRecipientsRefused as error:
             code, words = error.recipients[row["recipient"]]
         except (OSError, ValueError) as error:      # SMTPException is an OSError
             code = getattr(error, "smtp_code", 0)
             words = getattr(error, "smtp_error", repr(error).encode())
-        finally:
-            watchdog.cancel()
         text = one_line(f"{code or ''} {decode(words, None)}")[:300]
         # RFC 5321 4.2.1: 5yz is permanent, 4yz may pass; 3.8: a 421 ends the session.
         if is_ready and code not in (0, 421):
@@ -2812,6 +2948,20 @@ class Relay:
             self.smtp.starttls(context=context)
         if account["smtp_username"] is not None:    # the schema forbids it without TLS
             self.smtp.login(account["smtp_username"], account["smtp_password"] or "")
+
+    @contextlib.contextmanager
+    def deadline(self) -> Iterator[threading.Timer]:
+        """End what is done in here after DELIVERY seconds: smtplib has no total deadline.
+
+        A server that drips bytes would hold us for ever.
+        """
+        watchdog = threading.Timer(DELIVERY, self.abort)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            yield watchdog
+        finally:
+            watchdog.cancel()
 
     def abort(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
@@ -2867,33 +3017,34 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080",
 
     Make the database if there is none, answer the endpoint, and send the outbox.
 
-    A socket at unix:/path is for the processes of its group: the proxy's. The proxy that
-    connects from ADDRESS, `localhost` of a socket or this machine, is believed who its
-    client is (X-Forwarded-For): in the log, and where wrong secrets are counted.
+    The socket at unix:/path is for its owner and group. --trusted-proxy is the address of
+    the proxy whose X-Forwarded-For names the client, or localhost: a socket's other end.
     """
     import waitress  # the only verb that needs it
 
-    start_log(store.path)
+    dispatcher = Dispatcher(store)
     try:
         if trusted_proxy not in ("", "localhost"):
             ipaddress.ip_address(trusted_proxy)
+        store.trusted_proxy = trusted_proxy
         server = waitress.create_server(
-            make_app(store, trusted_proxy), **place_of(listen), threads=THREADS,
-            channel_timeout=30, cleanup_interval=5, max_request_header_size=16384,
-            connection_limit=1000, asyncore_use_poll=True,
-            max_request_body_size=MAX_BODY + 1, clear_untrusted_proxy_headers=False)
+            make_app(store), _dispatcher=dispatcher, **place_of(listen), channel_timeout=30,
+            cleanup_interval=5, max_request_header_size=16384, connection_limit=1000,
+            asyncore_use_poll=True, max_request_body_size=MAX_BODY + 1,
+            clear_untrusted_proxy_headers=False)
     except (OSError, ValueError) as error:
         raise Refused(503, f"cannot listen on {listen!r}: {error}") from None
+    server.adj.send_bytes = 2**12       # an answer goes out whole, not its headers first
     for number in (signal.SIGTERM, signal.SIGINT):  # SystemExit: what is in flight ends
         signal.signal(number, lambda *_: sys.exit(0))
-    port = getattr(server, "effective_port", None) or server.effective_listen[0][1]
     stopping = threading.Event()
     courier = threading.Thread(target=run_courier, args=(store, stopping), daemon=True)
     try:
         # It listens before it opens: a taken port shall not use up the greeting.
         greeting = GREETING if store.open() else LISTENING
+        start_log(store.path)
         courier.start()
-        greet(greeting, listen, port, store.accounts()[0]["inbound_secret"])
+        greet(greeting, listen, server, store.accounts()[0]["inbound_secret"])
         notify("READY=1")
         server.run()
     finally:
@@ -2924,8 +3075,9 @@ def place_of(listen: str) -> Row:
     raise OSError("another server listens there")
 
 
-def greet(greeting: str, listen: str, port: int, secret: str) -> None:
+def greet(greeting: str, listen: str, server: Any, secret: str) -> None:
     """Print where mail is posted to, as arguments of curl."""
+    port = getattr(server, "effective_port", None) or server.effective_listen[0][1]
     at, host = "", f"{listen.rpartition(':')[0]}:{port}"
     if listen.startswith("unix:"):
         at, host = f"--unix-socket {shlex.quote(listen[5:])} ", "localhost"
@@ -2940,6 +3092,105 @@ def notify(state: str) -> None:
         with (contextlib.suppress(OSError),
               socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd):
             systemd.sendto(state.encode(), address)
+
+
+class Dispatcher:
+    """In the place of waitress's: one thread works, the others stand by.
+
+    Threads that work at once gain nothing in Python and fight for the interpreter. The one
+    brings the requests that wait as far as their commit, has all of them committed by one
+    sync, and answers each. Another steps in where it is away: a lock, a heavy mail.
+    """
+
+    def __init__(self, store: Store):
+        self.store = store
+        self.waiting: deque[Any] = deque()      # waitress's channels, each with a request
+        self.servers: set[Any] = set()
+        self.changed = threading.Condition()
+        self.worker: threading.Thread | None = None
+        self.since = 0.0                        # monotonic; when it took what it works at
+        self.is_watched = False                 # whether a thread looks if it is away
+        self.is_over = False
+        self.threads = [threading.Thread(target=self.run, daemon=True)
+                        for _ in range(THREADS)]
+        for thread in self.threads:
+            thread.start()
+
+    def add_task(self, channel: Any) -> None:
+        """waitress has read a request, which is the first of `channel.requests`."""
+        self.servers.add(channel.server)
+        with self.changed:
+            self.waiting.append(channel)
+            if not self.worker or not self.is_watched:
+                self.changed.notify()
+
+    def run(self) -> None:
+        while group := self.take():
+            self.serve(group)
+
+    def take(self) -> list[Any]:
+        """The channels that this thread is to serve, once it is its turn; [] at the end."""
+        me = threading.current_thread()
+        with self.changed:
+            if self.worker is me:
+                self.worker = None
+            while not self.waiting or (
+                    self.worker and time.monotonic() < self.since + PATIENCE):
+                if self.is_over:
+                    return []
+                self.is_watched = bool(self.waiting)
+                self.changed.wait(PATIENCE if self.waiting else None)
+            self.worker, self.since, self.is_watched = me, time.monotonic(), False
+            group: list[Any] = []
+            size = 0
+            while self.waiting:
+                size += len(self.waiting[0].requests[0].body_rcv or b"")
+                if group and size > GROUP:
+                    break
+                group.append(self.waiting.popleft())
+            if self.waiting:
+                self.changed.notify()
+            return group
+
+    def serve(self, group: list[Any]) -> None:
+        jobs: dict[Any, Job] = {}
+        for channel in group:
+            if job := self.begin(channel):
+                jobs[channel] = job
+            else:
+                channel.service()
+        self.store.commit([*jobs.values()])
+        for channel in jobs:
+            channel.service()
+
+    def begin(self, channel: Any) -> Job | None:
+        """Bring a request as far as it comes without a commit; return what it wants."""
+        if channel.requests[0].error:       # waitress answers that itself
+            return None
+        task = channel.task_class(channel, channel.requests[0])
+
+        def same_task(*_: Any) -> Any:
+            del channel.task_class
+            return task
+
+        channel.task_class = same_task      # for channel.service(), which makes its own
+        with contextlib.suppress(Exception):        # is raised, logged and answered there
+            environ = task.get_environment()
+            progress = environ[PROGRESS] = Progress(answered(self.store, environ))
+            return progress.job
+        return None
+
+    def shutdown(self) -> None:
+        """Finish and send what has begun; at most for LOOK seconds."""
+        with self.changed:
+            self.is_over = True
+            self.changed.notify_all()
+        ends = time.monotonic() + LOOK
+        for thread in self.threads:
+            thread.join(max(0, ends - time.monotonic()))
+        for server in self.servers:
+            for channel in [*server.active_channels.values()]:
+                channel.handle_write()
 
 
 def run_courier(store: Store, stopping: threading.Event) -> None:
@@ -2980,10 +3231,12 @@ def deliver_for(store: Store, account: Row) -> None:
 
 def write_counts(store: Store) -> None:
     """Keep what `doctor` shows of refused callers and of old secrets in use."""
-    refusals = [store.uncounted.popleft() for _ in range(len(store.uncounted))]
-    uses, store.uses_of_previous = store.uses_of_previous, {}
+    refusals, uses = [*store.uncounted], {**store.uses_of_previous}
     if refusals or uses:
-        store.write(add_counts, refusals, uses)
+        store.write(add_counts, refusals, uses)     # what it refuses is counted later
+        store.uses_of_previous.clear()
+    for _ in refusals:
+        store.uncounted.popleft()
 
 
 def add_counts(db: DB, now: int, refusals: list[Any], uses: dict[int, int]) -> None:
@@ -3352,8 +3605,8 @@ def rejected_replay(store: Store, identifier: str = "") -> Any:
 
     Post kept bodies again, from inside; drop a row once all of it is stored.
     """
-    found = store.rows("SELECT id FROM rejected ORDER BY id")
-    identifiers = [identifier] if identifier else [row["id"] for row in found]
+    identifiers = [identifier] if identifier else [
+        row["id"] for row in store.rows("SELECT id FROM rejected ORDER BY id")]
     return [replay(store, each) for each in identifiers] or ([], "nothing was rejected")
 
 
@@ -3362,7 +3615,7 @@ def replay(store: Store, identifier: str) -> Row:
     post = post_from_inside(store, row["email_account"], row["content_type"], row["body"],
                             row["received_at"])
     try:
-        answer = receive(store, post)[1]
+        _, answer = Progress(receive(store, post)).finish(store)
     except Refused as refusal:
         answer = {"status": "refused", "reason": refusal.reason}
     outcomes = {item["status"] for item in answer.get("messages", [answer])}
@@ -3405,13 +3658,14 @@ def import_(store: Store, path: str, *, account: str = "") -> Any:
     outcomes = ("created", "appended", "duplicate", "quarantined", "too_large")
     counts = dict.fromkeys(outcomes, 0)
     done = 0
-    with progress(lambda: done / size):
+    with progress_bar(lambda: done / size):
         for file in sorted(files, key=lambda file: file.name):      # begins with the time
             for mail in filter(bytes.strip, mails_in(file)):
                 status = "too_large"
                 if len(mail) <= MAX_BODY:
                     post = post_from_inside(store, identifier, IMPORTED, mail)
-                    status = receive(store, post)[1]["status"]
+                    _, answer = Progress(receive(store, post)).finish(store)
+                    status = answer["status"]
                 counts[status] += 1
                 done += len(mail)
     return counts
@@ -3422,7 +3676,7 @@ FROM_LINE = re.compile(b"From .{,300}[0-9]:[0-9][0-9]")
 
 
 def mails_in(file: Path) -> Iterator[bytes]:
-    """Each mail of an mbox (mboxrd), or the one that a file is; little over MAX_BODY."""
+    """Each mail of an mbox (mboxrd), or the one that a file is; cut off past MAX_BODY."""
     with open(file, "rb") as lines:
         line = lines.readline(1000)
         if not FROM_LINE.match(line):
@@ -3439,7 +3693,7 @@ def mails_in(file: Path) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def progress(share: Callable[[], float]) -> Iterator[None]:
+def progress_bar(share: Callable[[], float]) -> Iterator[None]:
     """Show how far the work is: a bar on a terminal, elsewhere a line now and then."""
     is_terminal = sys.stderr.isatty()
     is_over = threading.Event()
@@ -3481,9 +3735,12 @@ Check = tuple[str, bool, str]       # what is checked, whether it is ok, else wh
 
 
 def checks_of(store: Store) -> Iterator[Check]:
-    _, content, _ = health(store)
+    _, content, _ = Progress(health(store)).finish(store)
     for words in [*content.get("reasons", []), *content.get("warnings", [])]:
         yield "state", False, words
+    if store.replica_socket():
+        yield (f"replica by {store.replica_socket()}", "the replica" not in str(content),
+               "see Litestream's log")
     is_mended = sqlite3.sqlite_version_info >= (3, 51, 3)
     fix = "has" if is_mended else "lacks, as all before 3.51.3 but 3.50.7 and 3.44.6,"
     yield f"SQLite {sqlite3.sqlite_version} {fix} the fix of the WAL-reset bug", True, ""
@@ -3520,7 +3777,8 @@ def checks_of_account(store: Store, account: Row) -> Iterator[Check]:
         words = ""
         with contextlib.closing(Relay(account)) as session:
             try:
-                session.connect()
+                with session.deadline():
+                    session.connect()
             except (OSError, ValueError) as error:      # SMTPException is an OSError
                 words = f"{printable(str(error))[:200]}: see `inbound account set smtp_…`"
         yield f"relay of {address}", not words, words
@@ -3553,7 +3811,7 @@ def backup(store: Store, file: str) -> Any:
         os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600))
         [size] = store.rows("""SELECT (page_count - freelist_count) * page_size AS bytes
             FROM pragma_page_count, pragma_freelist_count, pragma_page_size""")
-        with progress(lambda: part.stat().st_size / size["bytes"]):
+        with progress_bar(lambda: part.stat().st_size / size["bytes"]):
             store.rows("VACUUM INTO ?", [str(part)])    # one read transaction: nobody waits
         with contextlib.closing(sqlite3.connect(part)) as copy:
             [words] = copy.execute("PRAGMA integrity_check(1)").fetchone()

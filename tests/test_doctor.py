@@ -100,6 +100,17 @@ def test_callers_with_a_wrong_secret_are_told_with_their_addresses(ready):
     assert checks(ready, status=0) == {}
 
 
+def test_refused_callers_are_counted_once_the_file_can_be_written_again(ready, impatient):
+    ready.app.post(URL, b"{}", headers={"X-Mobieus-Inbound-Secret": "w" * 20},
+                   extra_environ={"REMOTE_ADDR": "203.0.113.7"}, expect_errors=True)
+    with ready.locked(), pytest.raises(inbound.Refused):
+        inbound.write_counts(ready.store)
+    assert ready.count("refused_caller") == 0
+    for _ in range(2):
+        inbound.write_counts(ready.store)
+    assert ready.sql("SELECT client, posts FROM refused_caller") == [("203.0.113.7", 1)]
+
+
 def test_a_flood_of_refused_callers_leaves_a_bounded_table(ready):
     for number in range(1500):
         ready.store.uncounted.append((ready.clock(), f"10.0.{number // 250}.{number % 250}"))

@@ -1,4 +1,4 @@
-"""`import`: an mbox or a Maildir comes in as if posted, with its own dates, and nobody is written to."""
+"""`import`: an mbox or a Maildir comes in as if posted, of its own dates; nobody is told."""
 
 import json
 import os
@@ -226,11 +226,12 @@ def test_our_own_mails_in_it_find_their_ticket_and_are_answered_by_nobody(desk, 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["import", "backup"])
 def test_a_terminal_sees_a_bar_and_a_pipe_none(desk, tmp_path, verb):
-    (tmp_path / "mbox").write_bytes(mbox_of(*(mail(f"a{number}", text="x" * 9000) for number in range(20))))
+    mails = [mail(f"a{number}", text="x" * 9000) for number in range(20)]
+    (tmp_path / "mbox").write_bytes(mbox_of(*mails))
     argument = str(tmp_path / ("mbox" if verb == "import" else "copy.db"))
     command = [sys.executable, inbound.__file__, "--db", str(desk.path), verb, argument]
     master, terminal = pty.openpty()
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal, text=True, timeout=60)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal, text=True)
     os.close(terminal)
     shown = os.read(master, 9999).decode()
     os.close(master)
@@ -248,7 +249,7 @@ def test_where_no_terminal_is_a_line_tells_how_far_it_is_now_and_then(monkeypatc
     def share():
         has_told.set()
         return 0.5
-    with inbound.progress(share):
+    with inbound.progress_bar(share):
         assert has_told.wait(20)
     lines = capsys.readouterr().err.splitlines()
     assert {*lines} == {f"[{'#' * 20:40}]  50%"}

@@ -323,6 +323,14 @@ def test_a_server_that_drips_or_hangs_is_cut_off_in_time(
     assert row["last_error"] != ""
 
 
+@pytest.mark.slow
+def test_doctor_does_not_wait_for_a_server_that_drips(desk, relay, impatient):
+    server = relay(CONNECT=drips)
+    desk.send_to(server.port)
+    assert "FAIL relay of support@helpdesk.example" in desk.run("doctor", status=1)
+    assert not server.is_weary.is_set()
+
+
 def test_a_silent_tls_handshake_is_cut_off_in_time(desk, relay, impatient):
     server = relay(CONNECT=hangs)
     desk.send_to(server.port, smtp_security="tls")

@@ -22,7 +22,7 @@ import time
 import urllib.parse
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import inbound
@@ -533,6 +533,7 @@ def test_where_not_even_rejected_can_be_written_the_answer_is_never_200(desk, bo
        content_type=st.sampled_from(["application/json", "message/rfc822", "text/plain", "", "x",
                                      "application/x-www-form-urlencoded", "image/png",
                                      "multipart/form-data; boundary=b"]))
+@example(body=b'{"envelope": {}}', content_type="application/json")
 @settings(max_examples=120, deadline=None, suppress_health_check=[
     HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_any_body_with_the_secret_is_a_message_or_kept_byte_for_byte(desk, body, content_type):
