@@ -22,7 +22,6 @@ import sys
 import time
 import urllib.parse
 
-
 STRANGER = "192.0.2.1"       # an address that this machine gets for it after the mail server started
 
 

@@ -7,7 +7,7 @@ ls -la /var/lib/inbound
 client post http://127.0.0.1:8080/api/helpdesk/inbound-email "By systemd"
 systemctl restart inbound
 client post http://127.0.0.1:8080/api/helpdesk/inbound-email "After a restart" 25
-shown "After a restart"
+made "After a restart"
 
 as_written upgrade
 as_written restore
