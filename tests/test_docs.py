@@ -1,9 +1,13 @@
 """What README, --help and the package say is what there is."""
 
+import contextlib
+import importlib.machinery
+import importlib.util
 import inspect
-import json
 import os
 import re
+import shlex
+import sqlite3
 import subprocess
 import sys
 import zipfile
@@ -16,7 +20,11 @@ import inbound
 ROOT = Path(inbound.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 USAGE = inbound.__doc__[inbound.__doc__.index("Usage:"):].strip()
-COMMANDS = re.findall(r"^    (python3 -m venv .*)$", README, re.M)
+COMMANDS = re.findall(r"^    (python3 -m venv \.venv .*)$", README, re.M)
+BLOCKS = "\n".join(re.findall(r"^    (.*)$", README, re.M)).replace("\\\n", "")
+FIRST_WORDS = "|".join(sorted({name.split()[0] for name in inbound.VERBS}))
+# Up to what is the shell's: a pipe, a file on standard input.
+SHOWN = re.findall(rf"(?<!from )\binbound ((?:--db \S+ +)?(?:{FIRST_WORDS})\b[^|<>\n]*)", BLOCKS)
 
 
 def test_the_readme_shows_the_usage_as_help_prints_it():
@@ -60,18 +68,55 @@ def test_each_verb_has_a_help_of_its_own_with_its_usage(desk, name):
 
 
 def test_the_provider_table_of_the_readme_names_the_providers_that_are_read():
-    section = README[README.index("## Providers"):README.index("**A system of your own**")]
+    section = README[README.index("## Your provider"):README.index("**A system of your own**")]
     named = re.findall(r"^\| (.+?) \|", section, re.M)
     assert named[:1] == ["provider"]
     known = {provider.name for provider in inbound.PROVIDERS} - {"canonical"}
     assert sorted(named[1:]) == sorted(known)
 
 
-def test_settings_that_the_readme_names_exist(desk):
-    settable = json.loads(desk.run("account", "--json"))
-    examples = re.findall(r"^    \S*inbound account set (.*(?:\n {8}\S.*)*)", README, re.M)
-    named = re.findall(r"\b([a-z_]+)=\S", "\n".join(examples))
-    assert named and set(named) <= set(settable)
+def test_each_command_that_the_readme_shows_runs(desk, tmp_path, monkeypatch):
+    """In their order, on one database; `serve` and `relay` as far as their options go."""
+    def nobody(*_):
+        raise OSError("no relay, no proxy")
+    monkeypatch.setattr(inbound.Relay, "connect", nobody)
+    monkeypatch.setattr(inbound, "post_to", nobody)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "support").write_text("From: ada@example.org\n\nA mail that was there before.")
+    content = {"filename": "report.pdf", "content": "MTIz"}
+    answer = desk.post(desk.mail(**{"from": "ada@example.org"}, attachments=[content]))
+    assert len(SHOWN) > 25
+    for line in SHOWN:
+        line = re.sub(r"T-\w{4}-\w{4}", answer["ticket"], line)
+        given, words = inbound.parse(shlex.split(re.sub(r"/var/\w+/", f"{tmp_path}/", line)))
+        given.pop("db", None)
+        name, rest = inbound.verb_of(words)
+        if name in ("serve", "relay"):
+            inbound.options_of(inbound.VERBS[name], given, rest)
+            continue
+        options = [f"--{name}={value}" for name, value in given.items()]
+        desk.run(*words, *options, stdin="We looked.", status=int(name == "doctor"))
+    assert (tmp_path / "report.pdf").read_bytes() == b"123"
+
+
+def test_each_statement_that_the_readme_shows_runs(desk):
+    statements = re.findall(r'^sqlite3 \S+ "((?:\\"|[^"])+)"$', BLOCKS, re.M)
+    assert len(statements) >= 4
+    with contextlib.closing(sqlite3.connect(desk.path)) as connection:
+        connection.create_function("writefile", 2, len)     # the shell's own
+        for statement in statements:
+            connection.execute(statement.replace('\\"', '"'))
+
+
+def test_each_recipe_of_the_readme_is_tried_by_a_script():
+    loader = importlib.machinery.SourceFileLoader("recipes", str(ROOT / "tests/recipes/run"))
+    run_recipes = importlib.util.module_from_spec(
+        importlib.util.spec_from_loader(loader.name, loader))
+    loader.exec_module(run_recipes)
+    scripts = "".join(path.read_text() for path in (ROOT / "tests/recipes").glob("*.sh"))
+    written = run_recipes.recipes(README)
+    assert len(written) >= 14
+    assert [name for name in written if not re.search(rf"\b{name}\b", scripts)] == []
 
 
 def test_the_limits_in_the_readme_are_the_codes():

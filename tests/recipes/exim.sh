@@ -1,0 +1,2 @@
+by_mail exim "exim -qff"
+versions exim4-daemon-light

@@ -1,0 +1,2 @@
+by_mail opensmtpd "smtpctl schedule all"
+versions opensmtpd

@@ -1,0 +1,2 @@
+by_mail postfix "postqueue -f"
+versions postfix
