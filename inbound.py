@@ -3361,9 +3361,7 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080",
     """
     import waitress  # the only verb that needs it
 
-    with contextlib.suppress(AttributeError):       # glibc's mallopt(3): M_MMAP_THRESHOLD
-        # It grows with what is freed, and what lies below it is not given back.
-        ctypes.CDLL(None).mallopt(-3, 2**17)
+    keep_no_memory()
     dispatcher = Dispatcher(store)
     try:
         if trusted_proxy not in ("", "localhost"):
@@ -3398,6 +3396,12 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080",
         server.close()
         if courier.is_alive():      # what it is sending is sent again when its lease ends
             courier.join(LOOK)
+
+
+def keep_no_memory() -> None:
+    """Have glibc give back what a large mail took: freed, it raises the bound for that."""
+    with contextlib.suppress(AttributeError):       # mallopt(3): M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-3, 2**17)
 
 
 def place_of(listen: str) -> Row:

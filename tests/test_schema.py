@@ -693,8 +693,8 @@ def test_no_query_looks_through_a_table_that_grows(traced, sink):
     desk.post({"from": "nobody"}, status=422)
     inbound.send_due(desk.store)
     own = desk.sql("SELECT own_message_id FROM outbox")[0][0]
-    desk.post(desk.mail(message_id="<4@x>", **{"from": "MAILER-DAEMON@x.example"}, subject="failure",
-                        in_reply_to=own, headers={"Auto-Submitted": "auto-replied"}))
+    desk.post(desk.mail(message_id="<4@x>", subject="failure", in_reply_to=own, headers={
+        "Auto-Submitted": "auto-replied"}, **{"from": "MAILER-DAEMON@x.example"}))
     for argv in (["tickets"], ["tickets", "waiting"], ["tickets", "closed"], ["tickets", "all"],
                  ["tickets", "--from", "ada@customer.example"], ["tickets", "all", "--limit", "0"],
                  ["show", reference], ["close", reference], ["reopen", reference], ["outbox"],
