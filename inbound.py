@@ -3360,7 +3360,6 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080",
     the proxy whose X-Forwarded-For names the client, or localhost: a socket's other end.
     """
     import waitress  # the only verb that needs it
-
     keep_no_memory()
     dispatcher = Dispatcher(store)
     try:
