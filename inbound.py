@@ -3409,6 +3409,9 @@ def place_of(listen: str) -> Row:
     What a dead one left there waitress replaces. It would a live one's, too.
     """
     if not listen.startswith("unix:"):
+        port = listen.rpartition(":")[2]
+        if port.isdigit() and int(port) > 65535:    # getaddrinfo(3) takes what is left
+            raise ValueError("expected a port up to 65535")
         return {"listen": listen}
     path = listen[5:]
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as client:
