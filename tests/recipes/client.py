@@ -22,7 +22,7 @@ import sys
 import time
 import urllib.parse
 
-STRANGER = "192.0.2.1"       # an address that this machine gets for it after the mail server started
+STRANGER = "192.0.2.1"      # of this machine, but of no network that a mail server trusts
 
 
 def post(url, subject, megabytes="0", way=""):
