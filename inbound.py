@@ -22,7 +22,7 @@ Usage: inbound [--db FILE] VERB      (FILE: $INBOUND_DB, else inbound.db, in the
                                       answer, send
   secret [show | set VALUE | rotate [--keep 24h]]     what callers of the endpoint must know
   account [list | show | add ADDRESS | set KEY=VALUE ...]   address, queue, relay, template
-  tickets [open | closed | all]       list them; --queue, --from, --search, --limit
+  tickets [open | waiting | closed | all]   list them; --queue, --from, --search, --limit
   show REF [--last N]                 a ticket: its messages, and why each was treated so
   attachment ID [FILE]                write an attachment to FILE or standard output
   reply REF [--to ADDRESS]            answer with the text on standard input
@@ -50,6 +50,7 @@ import base64
 import binascii
 import codecs
 import contextlib
+import ctypes
 import difflib
 import email.contentmanager
 import email.header
@@ -65,6 +66,7 @@ import http.client
 import inspect
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -78,6 +80,7 @@ import socket
 import sqlite3
 import ssl
 import sys
+import textwrap
 import threading
 import time
 import urllib.parse
@@ -129,6 +132,10 @@ FIRST_WAIT = 60             # seconds before the second try, doubled with each �
 MAX_WAIT = 3600             # … up to this
 MAX_REPLY = 2**16           # bytes of one SMTP reply; past it the session is over
 TELL = 60                   # seconds between two lines on progress, where no terminal is
+
+MAX_TOLD = 2**14            # characters of a text in a notice; `show` has the rest
+MAX_ANSWER = 10 * 2**20     # bytes of its attachments; past it refused. Relays take 10 MB
+ANSWERS_PER_HOUR = 20       # to one requester; past it refused: no people are that quick
 
 
 # -----------------------------------------------------------------------------------------
@@ -444,7 +451,7 @@ def receive(store: Store, post: Post) -> Steps:
         if reading.is_kept:
             yield keep, safe(post), 200, reading.notice
         return reading.provider, {"status": "ignored", "reason": reading.notice}
-    if any(answer["confirmation"] == "queued" for answer in answers):
+    if post.account["staff"] or any(row["confirmation"] == "queued" for row in answers):
         store.has_mail.set()
     batch = {"status": "batch", "messages": answers}
     return reading.provider, batch if reading.is_batch else answers[0]
@@ -506,7 +513,7 @@ TROUBLES = """
     WHERE NOT EXISTS (SELECT 1 FROM email_account WHERE inbound_secret IS NOT NULL)
     UNION ALL SELECT 1, 'the outbox waits for over an hour: run `inbound outbox`'
     WHERE EXISTS (SELECT 1 FROM outbox
-        WHERE state IN ('queued', 'sending') AND created_at < :now - 3600)
+        WHERE next_attempt_at IS NOT NULL AND created_at < :now - 3600)
     UNION ALL SELECT 1, 'disk: ' || round(:free, 1) || ' % free, expected 5 % or more'
     WHERE :free < 5
     UNION ALL SELECT 0, address || ' has no relay: run `inbound account set smtp_host=…`'
@@ -1449,7 +1456,8 @@ def raw_headers_of(value: Any, faults: Faults) -> Headers:
     if isinstance(value, dict):
         # CloudMailin writes message_id; beside a hyphen `_` is the sender's own.
         dash = "_" if "-" in "".join(value) else "-"
-        value = [[name.replace("_", dash), value[name]] for name in value]
+        value = [[name.replace("_", dash), value[name]]
+                 for name in itertools.islice(value, MAX_HEADER_LINES + 1)]
     headers = []
     for item in items_of(value):
         name, content = header_pair(item)
@@ -1996,14 +2004,19 @@ returned_ids = re.compile(
 PLACES = ("In-Reply-To", "References", "Exchange's parent id", "the returned message")
 # The first id that we know; of its messages the one as written, then of its own requester,
 # then the liveliest. Servers change an id's case and lose a trailing dot, hence the second
-# spelling. CROSS JOIN: an index look-up for each id, never a scan.
-THREAD = """
+# spelling. CROSS JOIN: an index look-up for each id, never a scan. Ids of messages are
+# asked for first, then those of mails that tell of one.
+THREAD = tuple(f"""
     SELECT ticket.*, place.key AS place FROM json_each(?) AS place
-    CROSS JOIN json_each(place.value) AS named CROSS JOIN message
-    ON message.email_account = ? AND message_id COLLATE NOCASE
+    CROSS JOIN json_each(place.value) AS named CROSS JOIN {mail}
+    ON mail.email_account = ? AND mail.message_id COLLATE NOCASE
         IN (named.value, rtrim(rtrim(named.value, '>'), '.') || '>')
-    JOIN ticket ON ticket.id = message.ticket ORDER BY place.key, named.key,
-        message_id = named.value DESC, requester = ? DESC, updated_at DESC LIMIT 1"""
+    JOIN ticket ON ticket.id = mail.ticket ORDER BY place.key, named.key,
+        mail.message_id = named.value DESC, requester = ? DESC, updated_at DESC LIMIT 1"""
+    for mail in ("message AS mail", """(
+        SELECT outbox.email_account, own_message_id AS message_id, ticket
+        FROM outbox JOIN message ON message.id = outbox.message
+        WHERE purpose NOT IN ('confirmation', 'reply')) AS mail"""))
 
 
 def thread(db: DB, account: Row, message: Message, kind: str) -> tuple[Row | None, str]:
@@ -2014,10 +2027,10 @@ def thread(db: DB, account: Row, message: Message, kind: str) -> tuple[Row | Non
     may_return = kind in ("bounce", "auto-reply")
     ids = [message.in_reply_to, message.references[::-1], ids_of(exchange),
            returned_ids(report_of(message))[:20] if may_return else []]
-    ticket = any(ids) and db.execute(THREAD, [
-        ids, account["id"], message.from_address]).fetchone()
-    if ticket:
-        return ticket, f"{PLACES[ticket['place']]} names a message of this ticket"
+    for query in THREAD if any(ids) else ():
+        ticket = db.execute(query, [ids, account["id"], message.from_address]).fetchone()
+        if ticket:
+            return ticket, f"{PLACES[ticket['place']]} names a message of this ticket"
     for halves in SUBJECT_TAG.findall(message.subject)[:5]:
         ticket = db.execute(
             "SELECT * FROM ticket WHERE reference = ? AND email_account = ?",
@@ -2061,7 +2074,7 @@ def mailbox_key(address: str) -> str:
 # nobody is told 200 before it has.
 
 SCHEMA = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
-SCHEMA_VERSION, APPLICATION_ID = 2, 1768841828      # schema.sql's
+SCHEMA_VERSION, APPLICATION_ID = 3, 1768841828      # schema.sql's
 # These very classes: their heirs, IntegrityError and DataError, are the message's fault.
 TROUBLE = (sqlite3.OperationalError, sqlite3.DatabaseError, sqlite3.InternalError)
 Work = Callable[..., Any]       # (connection, seconds UTC, *args) → result
@@ -2164,7 +2177,8 @@ class Store:
 
     def replica_socket(self) -> str:
         """The path of Litestream's control socket; "" = there is one machine."""
-        return os.environ.get("INBOUND_REPLICA", "")
+        set_here = self.rows("SELECT max(replica_socket) AS path FROM email_account")
+        return os.environ.get("INBOUND_REPLICA") or set_here[0]["path"] or ""
 
     def write(self, work: Work, *args: Any) -> Any:
         """Return the result of `work(connection, now, *args)` once it is synced.
@@ -2395,29 +2409,40 @@ def from_version_1(db: DB) -> None:
     more; they are kept to be read.
     """
     providers = db.execute(PROVIDERS_OF_VERSION_1).fetchall()
-    for part in db.execute("""SELECT name, type FROM sqlite_schema
-            WHERE type <> 'table' AND sql IS NOT NULL""").fetchall():
-        # A view's triggers go with it.
-        db.execute('DROP {type} IF EXISTS "{name}"'.format(**part))
-    run_script(db, OUT_OF_VERSION_1)
-    for table in CARRIED:
-        db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
-    run_script(db, SCHEMA)
-    # What a new file begins with goes; its `Automatic` is replaced.
-    db.execute("DELETE FROM email_account")
-    db.execute("DELETE FROM queue WHERE name <> 'Automatic'")
-    for table in CARRIED:
-        old = db.execute(f"PRAGMA table_info(old_{table})").fetchall()
-        columns = ", ".join(f'"{column["name"]}"' for column in old)
-        db.execute(f"""INSERT OR REPLACE INTO {table} ({columns})
-            SELECT {columns} FROM old_{table}""")
-        db.execute(f"DROP TABLE old_{table}")
+    carry_over(db, CARRIED, OUT_OF_VERSION_1)
     for row in providers:
         pairs = [word.partition("=") for word in row["fields"].split()]
         fields = {name: path or name for name, _, path in pairs}
         insert(db, "provider", name=row["name"], fields=json.dumps(fields))
     if not db.execute("SELECT 1 FROM sign_of_version_1").fetchone():
         db.execute("DROP TABLE sign_of_version_1")
+
+
+def from_version_2(db: DB) -> None:
+    """Version 2 knew no team, and no mail of ours but of a message of its own."""
+    carry_over(db, (*CARRIED, "provider", "refused_caller"))
+
+
+def carry_over(db: DB, tables: Iterable[str], mend: str = "") -> None:
+    """Carry tables, once the script `mend` has run, into such as schema.sql makes."""
+    for part in db.execute("""SELECT name, type FROM sqlite_schema
+            WHERE type <> 'table' AND sql IS NOT NULL""").fetchall():
+        # A view's triggers go with it.
+        db.execute('DROP {type} IF EXISTS "{name}"'.format(**part))
+    run_script(db, mend + ID_OF_EACH_MAIL)
+    for table in tables:
+        db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
+    run_script(db, SCHEMA)
+    # What a new file begins with goes; its `Automatic` is replaced.
+    db.execute("DELETE FROM email_account")
+    db.execute("DELETE FROM queue WHERE name <> 'Automatic'")
+    for table in tables:
+        old = db.execute(f"PRAGMA table_info(old_{table})").fetchall()
+        columns = ", ".join(f'"{column["name"]}"' for column in old)
+        db.execute(f"""INSERT OR REPLACE INTO {table} ({columns})
+            SELECT {columns} FROM old_{table}""")
+        db.execute(f"DROP TABLE old_{table}")
+    db.execute(WHO_WROTE_LAST)
 
 
 CARRIED = (
@@ -2427,7 +2452,6 @@ PROVIDERS_OF_VERSION_1 = """
     SELECT name || iif(count(*) OVER (PARTITION BY name) > 1, ' ' || id, '') AS name, fields
     FROM provider WHERE id > 21 AND fields IS NOT NULL"""
 OUT_OF_VERSION_1 = """
-    PRAGMA legacy_alter_table = ON;     -- references keep their tables' names
     CREATE TABLE sign_of_version_1 AS SELECT * FROM sign WHERE id > 42;
     DROP TABLE provider;
     DROP TABLE sign;
@@ -2439,7 +2463,19 @@ OUT_OF_VERSION_1 = """
             '{reference}' || char(10)),
         trusted_forwarders = iif(trusted_forwarders LIKE '_%@_%', trusted_forwarders, NULL);
     """
-MIGRATIONS = {0: new_file, 1: from_version_1}   # version → what makes a later one of it
+ID_OF_EACH_MAIL = """
+    PRAGMA legacy_alter_table = ON;     -- references keep their tables' names
+    ALTER TABLE outbox ADD COLUMN own_message_id TEXT;
+    UPDATE outbox SET own_message_id = (SELECT message_id FROM message WHERE id = message);
+    """
+WHO_WROTE_LAST = """
+    UPDATE ticket SET last_writer = 'team' WHERE 'reply' = (
+        SELECT ifnull(purpose, kind) AS what FROM message
+        LEFT JOIN outbox ON outbox.message = message.id WHERE ticket = ticket.id
+            AND what NOT IN ('confirmation', 'auto-reply', 'bounce')
+        ORDER BY message.id DESC LIMIT 1)"""
+# version → what makes a later one of it
+MIGRATIONS = {0: new_file, 1: from_version_1, 2: from_version_2}
 
 
 def new_secret() -> str:
@@ -2486,43 +2522,62 @@ KNOWN = """
 
 
 def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
-    """Thread, store and confirm one message; return the answer's object.
+    """Thread and store one message; return the answer's object.
 
     UNIQUE (email_account, message_id, digest) settles a repeat. It is asked for first,
     which the writer's lock makes safe: so a repeat writes nothing and costs no fsync.
     """
-    account, message, kind = post.account, filing.message, filing.kind
-    received_at, withheld = post.received_at or now, filing.withheld
-    if post.content_type == IMPORTED:
-        now = received_at = date_of(message, now)
-        withheld = withheld or "it was imported"
+    account, message = post.account, filing.message
+    is_imported = post.content_type == IMPORTED
+    if is_imported:
+        now = date_of(message, now)
+        post = replace(post, received_at=now)
+        filing = replace(filing, withheld=filing.withheld or "it was imported")
     known = db.execute(KNOWN, [
         account["id"], message.message_id, message.digest]).fetchone()
     if known and known["digest"] == message.digest:
         return {
             "status": "duplicate", "ticket": known["reference"],
-            "message": known["message"], "kind": known["kind"],
+            "message": known["message"], "kind": known["kind"] or "human",
             "confirmation": "not due", "reason": "stored before"}
-    if known and known["direction"] == "out":
-        ticket, found = known, "it bears the Message-ID of a mail of ours"
+    ours = known if known and known["direction"] == "out" else None
+    if account["staff"] and not known:      # a notice, or an answer as it went out
+        ours = db.execute(
+            THREAD[1], [[[message.message_id]], account["id"], ""]).fetchone()
+    if ours:
+        found = "it bears the Message-ID of a mail of ours"
         message.notes.append(found)
-    else:
-        ticket, found = thread(db, account, message, kind)
+        answer = file_mail(db, now, post, filing, ours, found)
+        # A word of ours that comes back is nobody's last.
+        db.execute("UPDATE ticket SET last_writer = ? WHERE id = ?", [
+            ours["last_writer"], ours["id"]])
+        return answer
+    ticket, found = thread(db, account, message, filing.kind)
+    if account["staff"] and not is_imported:
+        return file_for_team(db, now, post, filing, ticket, found)
+    return file_mail(db, now, post, filing, ticket, found)
+
+
+def file_mail(db: DB, now: int, post: Post, filing: Filing, ticket: Row | None,
+              found: str) -> Row:
+    """Store a message on its ticket, or on a new one and confirm that."""
+    message, kind = filing.message, filing.kind
     draft, due = None, "no confirmation: it opened no ticket"
     if ticket:
         status, confirmation = "appended", "not due"
         is_news = post.content_type != IMPORTED or now > ticket["updated_at"]
         touch_ticket(db, now, ticket, message, kind, is_news)
     else:
-        ticket, status = open_ticket(db, now, account, message, kind), "created"
-        draft, due = confirm(db, now, post, ticket, message, withheld)
+        ticket, status = open_ticket(db, now, post.account, message, kind), "created"
+        draft, due = confirm(db, now, post, ticket, message, filing.withheld)
         confirmation = "queued" if draft else "withheld"
     reason = f"{filing.reason}; {found}; {due}"
-    row = insert_message(db, received_at, ticket, message, reason, kind, confirmation)
+    row = insert_message(
+        db, post.received_at or now, ticket, message, reason, kind, confirmation)
     if draft:
         send_later(db, now, ticket, draft, "confirmation")
     elif kind == "bounce":
-        fail_bounced(db, account, message)
+        fail_bounced(db, post.account, message)
     return {"status": status, "ticket": ticket["reference"], "message": row, "kind": kind,
             "confirmation": confirmation, "reason": reason}
 
@@ -2564,16 +2619,15 @@ def touch_ticket(db: DB, now: int, ticket: Row, message: Message, kind: str,
     Parties are the requester and whom a mail of ours on the ticket went to.
     """
     mailbox = mailbox_key(message.from_address)
-    is_party = mailbox == mailbox_key(ticket["requester"]) or db.execute(
-        """SELECT 1 FROM message JOIN outbox ON outbox.message = message.id
-        WHERE message.ticket = ? AND outbox.mailbox = ?""",
-        [ticket["id"], mailbox]).fetchone()
+    is_party = mailbox == mailbox_key(ticket["requester"]) or mails_about(
+        db, ticket, mailbox, ["confirmation", "reply", "answer"])
     if not is_party and kind not in ("bounce", "auto-reply"):
         message.notes.append(
             f"written by a stranger to this ticket: {message.from_address}")
-    db.execute("""UPDATE ticket SET updated_at = ?, status = iif(?, 'open', status)
-        WHERE id = ? AND ?""", [
-            now, kind == "human" and bool(is_party), ticket["id"], is_news])
+    db.execute("""UPDATE ticket SET updated_at = ?, status = iif(?, 'open', status),
+        last_writer = iif(?, last_writer, 'customer') WHERE id = ? AND ?""", [
+            now, kind == "human" and bool(is_party), kind in ("auto-reply", "bounce"),
+            ticket["id"], is_news])
 
 
 def insert_message(db: DB, now: int, ticket: Row, message: Message, reason: str,
@@ -2626,10 +2680,16 @@ def fail_bounced(db: DB, account: Row, message: Message) -> None:
         return
     ids = [*returned_ids(report)[:20], *message.in_reply_to, *message.references]
     code = next((code for code in codes if code[0] == "5"), "no code")
-    db.execute("""UPDATE outbox SET state = 'failed', last_error = ? WHERE state = 'sent'
-        AND message IN (SELECT id FROM message WHERE email_account = ? AND direction = 'out'
-            AND message_id COLLATE NOCASE IN (SELECT value FROM json_each(?)))""", [
-                f"bounced: {code}", account["id"], ids])
+    # +: found by those messages, not by looking through all that was ever sent.
+    db.execute("""WITH named AS (SELECT value FROM json_each(:ids))
+        UPDATE outbox SET state = 'failed', last_error = :error WHERE +state = 'sent'
+        AND own_message_id COLLATE NOCASE IN named AND message IN (
+            SELECT id FROM message WHERE email_account = :account AND direction = 'out'
+                AND message_id COLLATE NOCASE IN named
+            UNION ALL SELECT message FROM outbox WHERE email_account = :account
+                AND own_message_id COLLATE NOCASE IN named
+                AND purpose NOT IN ('confirmation', 'reply'))""", {
+                    "error": f"bounced: {code}", "account": account["id"], "ids": ids})
 
 
 def starred(account: Row, text: str) -> str:
@@ -2716,7 +2776,8 @@ def confirm(db: DB, now: int, post: Post, ticket: Row, message: Message,
     return None, f"confirmation withheld: {withheld}"
 
 
-def reason_to_withhold(db: DB, now: int, post: Post, message: Message) -> str:
+def reason_to_withhold(db: DB, now: int, post: Post, message: Message,
+                       purpose: str = "confirmation") -> str:
     """Why a new ticket is not confirmed, signs on the mail apart; "" = it may be."""
     recipient = deliverable(message.from_address)
     mailbox = mailbox_key(recipient or message.from_address)
@@ -2726,7 +2787,7 @@ def reason_to_withhold(db: DB, now: int, post: Post, message: Message) -> str:
         return "From is not one address that we write to (RFC 3834 3.1.3)"
     counted = {"mailbox": mailbox, "domain": domain_key(mailbox),
                "email_account": post.account["id"]}
-    sent = db.execute(SENT, counted | {"now": now}).fetchone()
+    sent = db.execute(SENT, counted | {"now": now, "purpose": purpose}).fetchone()
     for cap, _, column in CAPS:
         if sent[cap] >= post.account[cap] and counted[column] not in LARGE_PROVIDERS:
             return f"the cap {cap} is reached"
@@ -2735,9 +2796,17 @@ def reason_to_withhold(db: DB, now: int, post: Post, message: Message) -> str:
 
 # Until now: what a clock that was wrong dated into the future does not count.
 SENT = "SELECT " + ", ".join(
-    f"""(SELECT count(*) FROM outbox WHERE {column} = :{column} AND purpose = 'confirmation'
+    f"""(SELECT count(*) FROM outbox WHERE {column} = :{column} AND purpose = :purpose
         AND created_at BETWEEN :now - {seconds - 1} AND :now) AS {cap}"""
     for cap, seconds, column in CAPS)
+
+
+def sent_lately(db: DB, now: int, purpose: str, mailbox: str) -> int:
+    """How many mails went to a person within the last hour."""
+    row = db.execute("""SELECT count(*) AS n FROM outbox WHERE mailbox = ?
+        AND purpose = ? AND created_at BETWEEN ? AND ?""", [
+            mailbox, purpose, now - 3599, now]).fetchone()
+    return int(row["n"])
 
 
 def domain_key(mailbox: str) -> str:
@@ -2765,10 +2834,11 @@ def deliverable(address: str) -> str:
 
 
 def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, subject: str,
-               text: str, ancestors: list[str]) -> Draft:
+               text: str, ancestors: list[str], name: str = "",
+               files: Iterable[Attachment] = ()) -> Draft:
     """A text/plain mail of ours; Refused unless these headers and clean lines result.
 
-    `ancestors` are the ids for References, the parent's last.
+    `ancestors` are the ids for References, the parent's last; `name` stands in From.
     """
     recipient = deliverable(address)
     if not recipient:
@@ -2777,7 +2847,7 @@ def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, s
     parents = known[-1:] if known[-1:] == ancestors[-1:] else []
     known = known[:1] + known[1:][-9:]
     # `=?` is broken up: mail programs would decode what stands behind it.
-    name = one_line(account["display_name"] or "").replace("=?", "= ?")
+    name = one_line(name or account["display_name"] or "").replace("=?", "= ?")
     subject = subject.replace("=?", "= ?")
     ours = account["address"]
     mail = email.message.EmailMessage(Verbatim(linesep="\r\n"))
@@ -2790,11 +2860,18 @@ def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, s
             **extra}.items():
         if value:
             mail[header] = value
-    mail.set_content(text, cte="quoted-printable",
-                     content_manager=email.contentmanager.raw_data_manager)
+    # Quoted-printable is what people can read, and takes up to 2 s a megabyte.
+    encoding = "quoted-printable" if len(text) < 2**16 else "base64"
+    manager = email.contentmanager.raw_data_manager
+    mail.set_content(text, cte=encoding, content_manager=manager)
+    for file in files:
+        mail.add_attachment(file.content, *file.content_type.split("/"),
+                            filename=file.filename, content_manager=manager)
     content = mail.as_bytes()
-    if (email.message_from_bytes(content).keys() != mail.keys()
-            or re.search(rb"[\0\x80-\xff]|[^\r]\n|\r[^\n]|[^\r\n]{999}", content)):
+    head = content.partition(b"\r\n\r\n")[0]
+    if (email.message_from_bytes(head).keys() != mail.keys()
+            or re.search(rb"[\0\x80-\xff]|[^\r]\n|\r[^\n]", content)
+            or max(map(len, content.split(b"\r\n"))) > 998):
         raise Refused(400, "the mail cannot be written safely")
     return Message(
         message_id=mail["Message-ID"], digest="", in_reply_to=parents, references=known,
@@ -2816,14 +2893,270 @@ class Verbatim(email.policy.Compat32):
         return f"{name}: {value}\r\n".replace("> <", ">\r\n <").encode()
 
 
-def send_later(db: DB, now: int, ticket: Row, draft: Draft, purpose: str) -> None:
-    """Store a drafted mail as message and outbox row; its bytes never change any more."""
+def send_later(db: DB, now: int, ticket: Row, draft: Draft, purpose: str) -> int:
+    """Store a drafted mail as message and outbox row; return the former's id."""
+    row = insert_message(db, now, ticket, draft[0], f"our {purpose}")
+    enqueue(db, now, ticket, row, draft, purpose)
+    return row
+
+
+def enqueue(db: DB, now: int, ticket: Row, row: int, draft: Draft, purpose: str) -> None:
+    """Put a mail about message `row` into the outbox; its bytes never change any more."""
     message, content = draft
     mailbox = mailbox_key(message.to[0])
-    insert(db, "outbox", message=insert_message(db, now, ticket, message, f"our {purpose}"),
-           email_account=ticket["email_account"], purpose=purpose, recipient=message.to[0],
+    insert(db, "outbox", message=row, own_message_id=message.message_id, purpose=purpose,
+           email_account=ticket["email_account"], recipient=message.to[0],
            mailbox=mailbox, domain=domain_key(mailbox), content=content, created_at=now,
            next_attempt_at=now, give_up_at=now + GIVE_UP)
+
+
+# -----------------------------------------------------------------------------------------
+# Team: the people who answer are told by mail, and answer by mail. A notice of a message
+# goes to each of an account's staff, under an id that nobody else gets to know; a mail that
+# names it, from that very person, is the team's answer and goes to the requester. What
+# anybody can write proves nothing: From, a subject, an id that a customer knows.
+
+ADDRESSES = re.compile(r"[^\s,]+").findall      # of a setting that holds some, with commas
+# RFC 3834 5.1: a notice answers nobody. Its own header is for other installations, which
+# may have our address among their staff: what was told once is told to nobody again.
+NOTICE = AUTOMATIC | {"Auto-Submitted": "auto-generated"}
+TOLD = "X-Inbound-Notice"
+PREFIX = "[inbound] "           # of our lines in a notice; an answer loses each …
+# … however it is quoted.
+OUR_LINE = re.compile(r"^[^\w\n]{0,40}\[inbound\](?:[^\S\n].*)?(?:\n|\Z)", re.M)
+# Types that are more than bytes of no charset, or none at all.
+NO_BYTES = re.compile(r"\A(?!(?:application|audio|image|video)/[a-z0-9.+-]{1,99}\Z).*")
+HOW_TO_ANSWER = (
+    "Your reply to this mail goes to {requester}, without these lines. With `close` alone "
+    "on its first line it closes the ticket.")
+SUMMARY = """More than {} messages have come within an hour; the next are not told by mail.
+What waits for an answer: inbound tickets waiting
+"""
+REFUSAL = """Your mail is kept with the ticket {}. It was not sent on as an answer:
+{}. To answer, reply to a notice from the address that it went to.
+"""
+
+
+def staff_of(db: DB, account: Row) -> Row:
+    """{mailbox: address} of whom the account tells; an address of ours would be a loop."""
+    accounts = db.execute("SELECT address FROM email_account").fetchall()
+    ours = {mailbox_key(each["address"]) for each in accounts}
+    named = filter(None, map(deliverable, ADDRESSES(account["staff"] or "")))
+    staff = {mailbox_key(each): each for each in named}
+    return {mailbox: staff[mailbox] for mailbox in staff if mailbox not in ours}
+
+
+def mails_about(db: DB, ticket: Row, mailbox: str | None, purposes: list[str]) -> list[str]:
+    """Ids of what was sent to a person, or (None) to all, about a ticket."""
+    rows = db.execute("""SELECT own_message_id FROM message
+        JOIN outbox ON outbox.message = message.id WHERE ticket = ?
+            AND ifnull(mailbox = ?, 1) AND purpose IN (SELECT value FROM json_each(?))
+        ORDER BY outbox.id""", [ticket["id"], mailbox, purposes])
+    return [row["own_message_id"] for row in rows]
+
+
+def file_for_team(db: DB, now: int, post: Post, filing: Filing, ticket: Row | None,
+                  found: str) -> Row:
+    """Send on what is the team's answer; store all else, and tell the team of it."""
+    account, message = post.account, filing.message
+    is_staff = mailbox_key(message.from_address) in staff_of(db, account)
+    refusal = ""
+    try:
+        if ticket and is_answer(db, filing, ticket, is_staff):
+            return file_answer(db, now, post, ticket, message)
+        _, _, domain = account["address"].lower().rpartition("@")
+        domains = {each.rpartition("@")[2] for each in our_ids(message)}
+        if not ticket and is_staff and domain in domains:
+            raise Refused(404, "the ticket that it answers is not kept any more")
+        if is_staff:
+            message.notes.append("its From is the team's, but it answers no notice")
+    except Refused as error:
+        refusal = error.reason
+        message.notes.append(f"not sent on as an answer: {refusal}")
+    withheld = filing.withheld or refusal
+    answer = file_mail(
+        db, now, post, replace(filing, withheld=withheld), ticket, found)
+    ticket = db.execute("""SELECT ticket.*, name FROM ticket JOIN queue ON queue.id = queue
+        WHERE reference = ?""", [answer["ticket"]]).fetchone()
+    # From of staff is no stranger's, even where it may be forged: they want to know.
+    if refusal and filing.kind == "human" and (is_staff or not filing.withheld):
+        refuse(db, now, post, ticket, answer["message"], message, refusal)
+    # Two of the team on vacation do not tell each other so.
+    if not (is_staff and withheld or filing.kind in ("auto-reply", "bounce")
+            or ticket["name"] == "Automatic"
+            or header_values(message.headers, TOLD.lower())):
+        tell(db, now, account, ticket, answer["message"], message, [
+            f"{message.from_address} wrote:", f"why: {answer['reason']}", *message.notes])
+    return answer
+
+
+def is_answer(db: DB, filing: Filing, ticket: Row, is_staff: bool) -> bool:
+    """Whether a mail is the team's answer; Refused if it answers a notice and is none."""
+    message = filing.message
+    mailbox = mailbox_key(message.from_address)
+    ids = {each.lower() for each in message.in_reply_to + message.references}
+    notices = mails_about(db, ticket, None, ["notice", "summary"])
+    if mailbox == mailbox_key(ticket["requester"]) or ids.isdisjoint(notices):
+        return False
+    if not is_staff or ids.isdisjoint(mails_about(db, ticket, mailbox, ["notice"])):
+        raise Refused(403, "it answers no notice that went to this address of the team")
+    if filing.withheld or message.from_count != 1:
+        raise Refused(403, filing.withheld or "From is not one address")
+    return True
+
+
+def our_ids(message: Message) -> list[str]:
+    """Ids that a mail answers and that look as if we had made them; without brackets."""
+    ids = " ".join(message.in_reply_to + message.references).lower()
+    return re.findall(r"<([0-9a-f]{32}@[^<>\s]+)>", ids)
+
+
+def file_answer(db: DB, now: int, post: Post, ticket: Row, message: Message) -> Row:
+    """Store an answer, send it to the requester, close the ticket if it says so.
+
+    Refused when it cannot be sent; nothing is stored then.
+    """
+    account, author = post.account, message.from_address
+    text = OUR_LINE.sub("", message.text.replace("\r\n", "\n")).lstrip()
+    first, _, rest = text.partition("\n")
+    is_closing = first.strip().lower() in ("close", "close!")
+    if is_closing:
+        text = rest.lstrip("\n")
+    for each in our_ids(message):       # who quotes the notice with all its headers
+        text = text.replace(each, "…")
+    draft, reason = None, f"closed by {author}, without an answer"
+    files = files_of(message)
+    if files or has_words(text, account["address"].lower()):
+        draft = draft_answer(db, now, account, ticket, ticket["requester"], text, files)
+        reason = f"answer of {author}" + (", who closed the ticket" if is_closing else "")
+    elif not is_closing:
+        raise Refused(422, "there is nothing in it but what it quotes")
+    if draft and sent_lately(
+            db, now, "answer", mailbox_key(draft[0].to[0])) >= ANSWERS_PER_HOUR:
+        raise Refused(429, f"{ANSWERS_PER_HOUR} answers went there within an hour")
+    row = insert_message(db, post.received_at or now, ticket, message, reason)
+    if draft:
+        enqueue(db, now, ticket, row, draft, "answer")
+    shown = replace(message, text=text)
+    team_wrote(db, now, account, ticket, row, shown, reason, is_closing)
+    return {"status": "appended", "ticket": ticket["reference"], "message": row,
+            "kind": "human", "confirmation": "not due", "reason": reason}
+
+
+def has_words(text: str, ours: str) -> bool:
+    """Whether a person wrote more than a signature, and the line above what they quote."""
+    is_marked = re.search("(?m)^>", text)
+    for paragraph in re.split(r"\n\s*\n", re.split("(?m)^-- ?$", text)[0]):
+        if ours in paragraph.lower() and not is_marked:     # Outlook: all below is quoted
+            return False
+        lines = re.findall("(?m)^[^>\n].*", paragraph)
+        if lines and not lines[-1].rstrip().endswith(":"):
+            return True
+    return False
+
+
+def files_of(message: Message) -> list[Attachment]:
+    """The attachments of an answer, but not the notice itself: its id would go along."""
+    marks = [each.encode(charset) for each in our_ids(message)
+             for charset in ("ascii", "utf-16-le")]     # Outlook's .msg is in the latter
+    files = []
+    for file in message.attachments:
+        content = file.content
+        if content is None:
+            raise Refused(422, f"its attachment {file.filename!r} is {file.note}")
+        if not any(mark in content for mark in marks):
+            files.append(replace(
+                file, filename=file.filename[:100] or "attachment",
+                content_type=NO_BYTES.sub("application/octet-stream", file.content_type)))
+    if sum(len(file.content or b"") for file in files) > MAX_ANSWER:
+        raise Refused(413, f"its attachments are over {MAX_ANSWER >> 20} MB together")
+    return files
+
+
+def draft_answer(db: DB, now: int, account: Row, ticket: Row, to: str, text: str,
+                 files: Iterable[Attachment] = ()) -> Draft:
+    """A mail of the team to somebody, in reply to the last that came from there.
+
+    Of another's only the id goes into its headers, not the ancestors: among those may be a
+    notice, whose id is what an answer is known by.
+    """
+    parent = db.execute("""SELECT * FROM message WHERE ticket = ? AND direction = 'in'
+        ORDER BY from_address = ? DESC, id DESC LIMIT 1""", [ticket["id"], to]).fetchone()
+    ancestors = [parent["message_id"]]
+    if mailbox_key(parent["from_address"]) == mailbox_key(to):
+        ancestors = json.loads(parent["references"]) + ancestors
+    subject = re.sub(r"^(?:re:\s*)+", "", ticket["subject"], flags=re.I)[:200]
+    return draft_mail(
+        account, now, to, {}, text=text, files=files, ancestors=ancestors,
+        subject=f"[{ticket['reference']}] Re: {subject}")
+
+
+def send_reply(db: DB, now: int, account: Row, ticket: Row, to: str, text: str) -> Draft:
+    """Answer from the command line."""
+    draft = draft_answer(db, now, account, ticket, to, text)
+    row = send_later(db, now, ticket, draft, "reply")
+    team_wrote(db, now, account, ticket, row, draft[0], "answer from the command line")
+    return draft
+
+
+def team_wrote(db: DB, now: int, account: Row, ticket: Row, row: int, message: Message,
+               reason: str, is_closing: bool = False) -> None:
+    """Say so on the ticket, and tell the others, so that nobody answers twice."""
+    db.execute("""UPDATE ticket SET last_writer = 'team', updated_at = ?,
+        status = iif(?, 'closed', status) WHERE id = ?""", [now, is_closing, ticket["id"]])
+    tell(db, now, account, ticket, row, message, [f"{reason}:"])
+
+
+def tell(db: DB, now: int, account: Row, ticket: Row, row: int, message: Message,
+         words: list[str]) -> None:
+    """Put a notice of message `row` into the outbox for each of the team.
+
+    Not for who wrote it, nor for the requester, who is no team on a ticket of their own.
+    """
+    involved = {mailbox_key(message.from_address), mailbox_key(ticket["requester"])}
+    author, us = message.from_name or message.from_address, account["display_name"]
+    notice = notice_text(db, ticket, row, message, words)
+    for mailbox, address in staff_of(db, account).items():
+        purpose, text = "notice", notice
+        if sent_lately(db, now, "notice", mailbox) >= account["notices_per_hour"]:
+            purpose, text = "summary", SUMMARY.format(account["notices_per_hour"])
+        if mailbox in involved or purpose == "summary" and sent_lately(
+                db, now, purpose, mailbox):
+            continue
+        with contextlib.suppress(Refused):      # no notice is worth the message
+            enqueue(db, now, ticket, row, draft_mail(
+                account, now, address, NOTICE | {TOLD: ticket["reference"]}, text=text,
+                name=f"{author[:60]} via {us or account['address']}",
+                subject=f"[{ticket['reference']}] {ticket['subject'][:200]}",
+                ancestors=mails_about(db, ticket, mailbox, ["notice"])), purpose)
+
+
+def notice_text(db: DB, ticket: Row, row: int, message: Message, words: list[str]) -> str:
+    """A message's text between lines of ours, each short enough to be quoted unbroken."""
+    for file in db.execute("SELECT * FROM attachment WHERE message = ? ORDER BY id", [row]):
+        # The name begins no line, and is in no command: a stranger wrote it.
+        words.append(f"{file['filename'][:40]!r}, {file['size']} bytes {file['note']}")
+        words.append(f"inbound attachment {file['id']} FILE")
+    if len(message.text) > MAX_TOLD:
+        words.append(f"the whole text: inbound show {ticket['reference']}")
+    first, *last = [
+        "\n".join(textwrap.wrap(each, 68, initial_indent=PREFIX, subsequent_indent=PREFIX))
+        for each in [*words, HOW_TO_ANSWER.format(**ticket)]]
+    text = message.text[:MAX_TOLD].replace(PREFIX, "[ inbound] ").rstrip()
+    return "\n".join([first, "", text, "", *last, ""])
+
+
+def refuse(db: DB, now: int, post: Post, ticket: Row, row: int, message: Message,
+           refusal: str) -> None:
+    """Say to the writer of a mail why it is no answer: once a ticket, within the caps."""
+    mailbox = mailbox_key(message.from_address)
+    if not (mails_about(db, ticket, mailbox, ["refusal"])
+            or reason_to_withhold(db, now, post, message, "refusal")):
+        enqueue(db, now, ticket, row, draft_mail(
+            post.account, now, message.from_address, AUTOMATIC,
+            subject=f"[{ticket['reference']}] Your mail was not sent on",
+            text=REFUSAL.format(ticket["reference"], refusal),
+            ancestors=[message.message_id]), "refusal")
 
 
 # -----------------------------------------------------------------------------------------
@@ -2833,21 +3166,26 @@ def send_later(db: DB, now: int, ticket: Row, draft: Draft, purpose: str) -> Non
 
 def claim(db: DB, now: int, account: Row) -> Any:
     """Lease the account's next due row for LEASE seconds; None if nothing is due."""
-    values = {"now": now, "lease": now + LEASE, "far": now + 2 * MAX_WAIT, **account}
+    values = {"now": now, "lease": now + LEASE, "far": now + 2 * MAX_WAIT,
+              "give_up": GIVE_UP, **account}
     db.execute("""UPDATE outbox SET state = 'queued' WHERE state = 'sending'
-        AND next_attempt_at NOT BETWEEN :now + 1 AND :lease""", values)
+        AND email_account = :id AND next_attempt_at NOT BETWEEN :now + 1 AND :lease""",
+               values)
     db.execute("""UPDATE outbox SET state = 'failed', next_attempt_at = NULL,
         last_error = 'not delivered in 24 h; '
             || iif(last_error = '', 'no smtp_host was set', last_error)
-        WHERE state = 'queued' AND give_up_at <= :now""", values)
+        WHERE state = 'queued' AND next_attempt_at IS NOT NULL
+        AND created_at <= :now - :give_up AND give_up_at <= :now""", values)
     # What is due far later than we ever wait is due now: the clock was set back.
+    db.execute("""UPDATE outbox SET next_attempt_at = :now WHERE state = 'queued'
+        AND email_account = :id AND next_attempt_at > :far""", values)
     return db.execute("""UPDATE outbox
         SET state = 'sending', attempts = attempts + 1, next_attempt_at = :lease
         WHERE id = (SELECT id FROM outbox WHERE state = 'queued' AND email_account = :id
-            AND next_attempt_at NOT BETWEEN :now + 1 AND :far AND :smtp_host IS NOT NULL
+            AND next_attempt_at <= :now AND :smtp_host IS NOT NULL
             ORDER BY next_attempt_at, id LIMIT 1)
-        RETURNING *, iif(purpose = 'confirmation', ifnull(:confirmation_envelope_from, ''),
-            :address) AS envelope_from""", values).fetchone()
+        RETURNING *, iif(purpose IN ('reply', 'answer'), :address,
+            ifnull(:confirmation_envelope_from, '')) AS envelope_from""", values).fetchone()
 
 
 def settle(db: DB, now: int, row: Row, state: str, error: str) -> None:
@@ -3022,7 +3360,7 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080",
     the proxy whose X-Forwarded-For names the client, or localhost: a socket's other end.
     """
     import waitress  # the only verb that needs it
-
+    keep_no_memory()
     dispatcher = Dispatcher(store)
     try:
         if trusted_proxy not in ("", "localhost"):
@@ -3057,6 +3395,12 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080",
         server.close()
         if courier.is_alive():      # what it is sending is sent again when its lease ends
             courier.join(LOOK)
+
+
+def keep_no_memory() -> None:
+    """Have glibc give back what a large mail took: freed, it raises the bound for that."""
+    with contextlib.suppress(AttributeError):       # mallopt(3): M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-3, 2**17)
 
 
 def place_of(listen: str) -> Row:
@@ -3361,31 +3705,47 @@ def account_set(store: Store, setting: str, *more: str, account: str = "") -> An
         values["queue"] = store.write(run_one, """INSERT INTO queue (name) VALUES (?)
             ON CONFLICT (name) DO UPDATE SET is_default = is_default RETURNING id""", [
                 values["queue"] or ""])[0]["id"]
+    ours = {mailbox_key(row["address"]) for row in store.accounts()}
+    for each in ADDRESSES(values.get("staff") or ""):
+        if not deliverable(each) or mailbox_key(each) in ours:
+            raise Refused(400, f"nobody can be told at {each!r}: expected an address that "
+                               "we can write to, and none that is our own")
     change_account(store, account, values)
     changed = account_show(store, account=values.get("address", account))
     return {name: changed[name] for name in values}
 
 
+STATUSES = {"open": "status = 'open'", "closed": "status = 'closed'", "all": "true",
+            "waiting": "status = 'open' AND last_writer = 'customer'"}
+SEARCHED = """ AND NOT EXISTS (SELECT 1 FROM json_each(:words) WHERE NOT EXISTS (
+    SELECT 1 FROM message WHERE message.ticket = ticket.id
+    AND instr(lower(from_address || ' ' || subject || ' ' || text), lower(value))))"""
+
+
 def tickets(store: Store, status: str = "open", *, search: str = "", limit: int = 50,
             account: str = "", **equal: str) -> Any:
-    """inbound tickets [open|closed|all] [--queue NAME] [--from ADDRESS] [--search WORDS]
-    [--limit 50] [--account ADDRESS] [--json]
+    """inbound tickets [open|waiting|closed|all] [--queue NAME] [--from ADDRESS]
+    [--search WORDS] [--limit 50] [--account ADDRESS] [--json]
 
-    List tickets, those with the latest message first; --limit 0 lists all.
+    List tickets, those with the latest message first; --limit 0 lists all. Waiting are open
+    ones whose customer wrote last.
     """
-    if status not in ("open", "closed", "all"):
+    if status not in STATUSES:
         raise Usage(f"{status!r} is no status")
-    asked = {"status": status, "words": search.split(), "limit": limit, "queue": None,
-             "from": None, "account": account and chosen_account(store, account)["id"]}
-    return store.rows("""SELECT reference, queue.name AS queue, status, subject, requester,
+    asked = {"words": search.split(), "limit": limit, "queue": None, **equal,
+             "account": account and chosen_account(store, account)["id"]}
+    where = STATUSES[status]
+    if "from" in asked:
+        where += " AND requester = :from"
+    if search:
+        where += SEARCHED
+    return store.rows(f"""SELECT reference, queue.name AS queue, status, subject, requester,
         (SELECT count(*) FROM message WHERE message.ticket = ticket.id) AS messages,
-        created_at, updated_at FROM ticket JOIN queue ON queue.id = ticket.queue
-        WHERE :status IN (status, 'all') AND :account IN (email_account, '')
-        AND queue.name = ifnull(:queue, queue.name) AND requester = ifnull(:from, requester)
-        AND NOT EXISTS (SELECT 1 FROM json_each(:words) WHERE NOT EXISTS (
-            SELECT 1 FROM message WHERE message.ticket = ticket.id
-            AND instr(lower(from_address || ' ' || subject || ' ' || text), lower(value))))
-        ORDER BY updated_at DESC, ticket.id DESC LIMIT :limit""", asked | equal)
+        last_writer, created_at, updated_at
+        FROM ticket CROSS JOIN queue ON queue.id = ticket.queue
+        WHERE {where} AND :account IN (email_account, '')
+        AND queue.name = ifnull(:queue, queue.name)
+        ORDER BY updated_at DESC, ticket.id DESC LIMIT :limit""", asked)
 
 
 MESSAGE_HEAD = "\n--- {direction} {received_at} {from_name} <{from}> {kind}\n    {reason}\n"
@@ -3448,15 +3808,10 @@ def reply(store: Store, reference: str, *, to: str = "") -> Any:
     if not text.strip():
         raise Refused(400, "the reply is empty: expected its text on standard input")
     [account] = [row for row in store.accounts() if row["id"] == ticket["email_account"]]
-    parent = store.rows("""SELECT * FROM message WHERE ticket = ? AND direction = 'in'
-        ORDER BY id DESC LIMIT 1""", [ticket["id"]])[0]
-    subject = re.sub(r"^(?:re:\s*)+", "", ticket["subject"], flags=re.I)[:200]
-    draft = draft_mail(
-        account, store.now(), to or ticket["requester"], {}, text=text,
-        subject=f"[{ticket['reference']}] Re: {subject}",
-        ancestors=[*json.loads(parent["references"]), parent["message_id"]])
-    store.write(send_later, ticket, draft, "reply")
-    author, [recipient] = parent["from_address"], draft[0].to
+    last = store.rows("""SELECT from_address FROM message WHERE ticket = ?
+        AND direction = 'in' ORDER BY id DESC LIMIT 1""", [ticket["id"]])[0]
+    draft = store.write(send_reply, account, ticket, to or ticket["requester"], text)
+    author, [recipient] = last["from_address"], draft[0].to
     if mailbox_key(author) != mailbox_key(recipient):
         print(f"inbound: {author} wrote last, this goes to {recipient}", file=sys.stderr)
     return {"reference": ticket["reference"], "to": recipient,
@@ -3566,9 +3921,9 @@ def outbox_retry(store: Store, which: str) -> Any:
 
     Make a mail due now, or all that failed.
     """
-    rows = store.write(run_one, """UPDATE outbox SET state = 'queued',
-        next_attempt_at = :now, give_up_at = :now + :wait
-        WHERE iif(:which = 'all', state = 'failed', id = :which)
+    meant = "state = 'failed'" if which == "all" else "id = :which"
+    rows = store.write(run_one, f"""UPDATE outbox SET state = 'queued',
+        next_attempt_at = :now, give_up_at = :now + :wait WHERE {meant}
         AND (state IN ('queued', 'failed') OR state = 'sending' AND next_attempt_at <= :now)
         RETURNING id, state""", {"now": store.now(), "wait": GIVE_UP, "which": which})
     if not rows and which != "all":
@@ -3747,8 +4102,8 @@ def checks_of(store: Store) -> Iterator[Check]:
     yield f"SQLite {sqlite3.sqlite_version} {fix} the fix of the WAL-reset bug", True, ""
     words = store.rows("PRAGMA quick_check(1)")[0]["quick_check"]
     yield "file", words == "ok", f"{words}: stop, restore a backup"
-    newest = store.rows("SELECT ifnull(max(received_at), 0) AS at FROM message")[0]["at"]
-    yield ("clock", newest <= store.now() + 60,
+    newest = store.rows("SELECT received_at FROM message ORDER BY id DESC LIMIT 1")
+    yield ("clock", all(row["received_at"] <= store.now() + 60 for row in newest),
            "the newest message is of the future: set the clock")
     path = Path(store.path).resolve()
     for file in sorted(path.parent.glob(path.name + "*")):
@@ -3853,7 +4208,9 @@ def erase(db: DB, now: int, address: str) -> Row:
     gone = {
         "tickets": "ticket WHERE theirs(requester)",
         "messages": "message WHERE theirs(from_address)",
-        "mails": "message WHERE id IN (SELECT message FROM outbox WHERE theirs(recipient))",
+        "mails": """message WHERE id IN (SELECT message FROM outbox
+            WHERE theirs(recipient) AND purpose IN ('confirmation', 'reply', 'answer'))""",
+        "notices": "outbox WHERE theirs(recipient)",
         "rejected": "rejected WHERE names_them(body)"}
     return {name: db.execute(f"DELETE FROM {rows}").rowcount for name, rows in gone.items()}
 

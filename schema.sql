@@ -7,7 +7,7 @@
 -- sentence that its violation is answered with.
 
 PRAGMA application_id = 1768841828;  -- "inbd" in ASCII: tells our file from another SQLite file
-PRAGMA user_version = 2;
+PRAGMA user_version = 3;
 
 -- Administered: changed by the command line or by plain SQL, in force for the next request ----------------
 
@@ -82,6 +82,15 @@ To add something, just reply to this mail.
         CONSTRAINT "trusted_forwarders are addresses between commas"
         CHECK (trusted_forwarders LIKE '_%@_%'),
 
+    -- Addresses, separated by commas, of the team: each is told of what people write, and answers by mail.
+    staff TEXT                                      -- NULL = nobody is told
+        CONSTRAINT "staff are addresses between commas" CHECK (staff LIKE '_%@_%'),
+    notices_per_hour INTEGER NOT NULL DEFAULT 60    -- to one of the team; past it one summary an hour
+        CHECK (notices_per_hour >= 0),
+
+    replica_socket TEXT                             -- path of Litestream's socket; NULL = none
+        CHECK (replica_socket <> ''),
+
     CHECK (previous_secret IS NULL OR previous_secret_until IS NOT NULL),
     CONSTRAINT "no password goes over plain text: smtp_security=starttls or tls, or no smtp_username"
         CHECK (smtp_security <> 'none' OR smtp_username IS NULL)
@@ -117,9 +126,14 @@ CREATE TABLE ticket (
     requester TEXT NOT NULL COLLATE NOCASE,         -- From address of the first message; never changes
     requester_name TEXT NOT NULL,                   -- '' = none given
     status TEXT NOT NULL DEFAULT 'open' CHECK (status IN ('open', 'closed')),
+    last_writer TEXT NOT NULL DEFAULT 'customer'    -- automatic replies, bounces and notices do not count
+        CHECK (last_writer IN ('customer', 'team')),
     created_at INTEGER NOT NULL,
     updated_at INTEGER NOT NULL                     -- of the last message or change of status
 ) STRICT;
+CREATE INDEX ticket_open ON ticket (updated_at) WHERE status = 'open';  -- tickets
+CREATE INDEX ticket_updated ON ticket (updated_at);                    -- tickets closed, tickets all
+CREATE INDEX ticket_requester ON ticket (requester);                   -- tickets --from
 
 CREATE TRIGGER ticket_delete AFTER DELETE ON ticket BEGIN  -- also in a shell that has foreign keys off
     DELETE FROM message WHERE ticket = OLD.id;
@@ -129,9 +143,9 @@ CREATE TABLE message (
     id INTEGER PRIMARY KEY,
     ticket INTEGER NOT NULL REFERENCES ticket ON DELETE CASCADE,
     email_account INTEGER NOT NULL REFERENCES email_account,
-    direction TEXT NOT NULL CHECK (direction IN ('in', 'out')),
+    direction TEXT NOT NULL CHECK (direction IN ('in', 'out')),     -- out: ours, or a mail of the team's
     message_id TEXT NOT NULL,                       -- as written, or <…@missing.invalid> made of the content
-    digest TEXT NOT NULL,                           -- SHA-256, hex, of what the sender wrote; '' = direction out
+    digest TEXT NOT NULL,                           -- SHA-256, hex, of what the sender wrote; '' = written here
     in_reply_to TEXT,                               -- message-ids, one space between them; NULL = none
     "references" TEXT NOT NULL,                     -- JSON list of message-ids; first 20 and last 80 of them
     from_address TEXT NOT NULL COLLATE NOCASE,      -- From:, else the envelope sender, else MAILER-DAEMON
@@ -184,10 +198,20 @@ CREATE TABLE outbox (
     --
     -- queued → sending → sent | failed | queued (temporary failure, or the lease ran out)
     -- sent → failed (a bounce came back)      failed → queued (`outbox retry`)
+    --
+    -- purpose        to          message
+    -- confirmation   requester   itself
+    -- reply          anyone      itself, written by `inbound reply`
+    -- answer         requester   what one of the team sent us: this is it without our footer, under our address
+    -- notice         the team    what it tells of
+    -- summary        the team    the one that was too much for a notice of its own
+    -- refusal        its writer  what was no answer; says why
     id INTEGER PRIMARY KEY,
-    message INTEGER NOT NULL UNIQUE REFERENCES message ON DELETE CASCADE,
+    message INTEGER NOT NULL REFERENCES message ON DELETE CASCADE,
     email_account INTEGER NOT NULL REFERENCES email_account,
-    purpose TEXT NOT NULL CHECK (purpose IN ('confirmation', 'reply')),
+    purpose TEXT NOT NULL
+        CHECK (purpose IN ('confirmation', 'reply', 'answer', 'notice', 'summary', 'refusal')),
+    own_message_id TEXT NOT NULL,                   -- of this very mail; who names a notice's answers it
     recipient TEXT NOT NULL,                        -- the one RCPT TO
     mailbox TEXT NOT NULL,                          -- what the spellings of recipient have in common: for caps
     domain TEXT NOT NULL DEFAULT '',                -- whose it is, without sub-domains: likewise
@@ -201,7 +225,11 @@ CREATE TABLE outbox (
     CHECK ((state IN ('queued', 'sending')) = (next_attempt_at IS NOT NULL)),
     CHECK (state <> 'failed' OR last_error <> '')
 ) STRICT;
-CREATE INDEX outbox_state ON outbox (state, next_attempt_at);                    -- claim; trouble
+CREATE INDEX outbox_message ON outbox (message);    -- parties; notices of a ticket; ON DELETE CASCADE
+CREATE INDEX outbox_own_id ON outbox (email_account, own_message_id COLLATE NOCASE)  -- thread, by what is
+    WHERE purpose NOT IN ('confirmation', 'reply');                                  -- no message's own id
+CREATE INDEX outbox_state ON outbox (state, email_account, next_attempt_at);     -- claim; troubles
+CREATE INDEX outbox_created ON outbox (created_at) WHERE next_attempt_at IS NOT NULL;  -- likewise
 CREATE INDEX outbox_mailbox ON outbox (mailbox, purpose, created_at);            -- caps to one address
 CREATE INDEX outbox_domain ON outbox (domain, purpose, created_at);              -- cap to one domain
 CREATE INDEX outbox_account ON outbox (email_account, purpose, created_at);      -- cap in all

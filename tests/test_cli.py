@@ -19,8 +19,8 @@ MESSAGE_KEYS = {
     "direction", "message_id", "in_reply_to", "references", "from", "from_name", "envelope_from",
     "to", "cc", "subject", "text", "html", "headers", "kind", "reason", "confirmation",
     "attachments", "notes", "received_at"}
-TICKET_KEYS = {"reference", "queue", "status", "subject", "requester", "messages", "created_at",
-               "updated_at"}
+TICKET_KEYS = {"reference", "queue", "status", "subject", "requester", "messages", "last_writer",
+               "created_at", "updated_at"}
 
 
 @pytest.fixture
@@ -72,6 +72,7 @@ VERBS = [
      {"address", "inbound_secret"}),
     ("account set display_name=Help", "display_name=Help\n$", {"display_name"}),
     ("tickets", "{}  Support  open  Printer on fire", [TICKET_KEYS]),
+    ("tickets waiting", "{}  Support  open  Printer on fire", [TICKET_KEYS]),
     ("show {}", r"{} \(open, Support\): Printer on fire(?s:.)*It burns", SHOW_KEYS),
     ("reply {}", "to=ada@customer.example\n", {"reference", "to", "message_id"}),
     ("close {}", "reference={}\nstatus=closed\n", {"reference", "status"}),
@@ -181,7 +182,7 @@ def test_tickets_are_listed_with_the_keys_that_are_promised(filled):
     assert printed(filled, "tickets") == [{
         "reference": filled.reference, "queue": "Support", "status": "open", "messages": 2,
         "subject": "Printer on fire", "requester": "ada@customer.example",
-        "created_at": filled.clock(), "updated_at": filled.clock()}]
+        "last_writer": "customer", "created_at": filled.clock(), "updated_at": filled.clock()}]
 
 
 def test_the_outbox_is_listed_with_the_keys_that_are_promised(filled):

@@ -300,6 +300,51 @@ def test_a_reply_from_desk_to_desk_is_confirmed_once_and_opens_nothing_again(mak
     assert all_is_kept(world)
 
 
+# Desks that are each other's team -----------------------------------------------------------------
+
+def ring_of(names, world, serve):
+    """Desks of which each has the next one for its team; THEM takes mail and is silent."""
+    world.people[THEM] = lambda envelope_from, mail: []
+    desks = [Copy(serve(f"{name}.db"), world, f"support@{name}.example") for name in names]
+    for desk, its_team in zip(desks, [*desks[1:], desks[0]]):
+        desk.run("account", "set", f"staff={its_team.address}")
+    return desks
+
+
+@pytest.mark.parametrize("names", [["one", "two"], ["one", "two", "three"]])
+def test_what_is_told_to_another_desk_ends_there(make_world, serve, names):
+    world = make_world()
+    ring_of(names, world, serve)
+    world.send(THEM, ONE, letter(THEM, ONE, "Printer on fire"))
+    world.settle()
+    assert world.traffic() == [
+        (THEM, ONE, "human", "queued"), (ONE, THEM, None, None), (ONE, TWO, "machine", "withheld")]
+    assert all_is_kept(world)
+
+
+@pytest.mark.parametrize("names", [["one", "two"], ["one", "two", "three"]])
+def test_it_ends_there_too_where_only_our_own_mark_is_left(make_world, serve, names):
+    world = make_world(MARKS)
+    ring_of(names, world, serve)
+    world.send(THEM, ONE, letter(THEM, ONE, "Printer on fire"))
+    world.settle()
+    # A confirmation without a mark is a person's mail, and so the team's answer.
+    assert world.traffic() == [
+        (THEM, ONE, "human", "queued"), (ONE, THEM, None, None), (ONE, TWO, "human", "queued"),
+        (TWO, ONE, "human", "not due"), (ONE, THEM, None, None)]
+
+
+def test_a_person_at_the_other_desk_answers_for_it(make_world, serve):
+    world = make_world()
+    one, two = ring_of(["one", "two"], world, serve)
+    world.send(THEM, ONE, letter(THEM, ONE, "Printer on fire"))
+    world.settle()
+    two.reply(world.deliveries[2].answer["ticket"])
+    world.settle()
+    assert world.traffic()[3:] == [(TWO, ONE, "human", "not due"), (ONE, THEM, None, None)]
+    assert "We are on our way." in world.deliveries[-1].mail.get_content()
+
+
 # A desk and a machine that answers every mail -----------------------------------------------------
 # Each function plays one: the mail it got → (MAIL FROM, subject, headers) of its answer.
 

@@ -23,13 +23,13 @@ PUBLIC = {
     "queue": "id name is_default",
     "email_account": "id address display_name queue is_default inbound_secret previous_secret"
                      " previous_secret_until validation_key smtp_host smtp_port smtp_security"
-                     " smtp_username smtp_password",
+                     " smtp_username smtp_password staff notices_per_hour replica_socket",
     "ticket": "id reference queue email_account subject requester requester_name status created_at"
-              " updated_at",
+              " updated_at last_writer",
     "message": "id ticket direction message_id in_reply_to from_address from_name envelope_from"
                " subject text html headers kind reason received_at",
     "attachment": "id message filename content_type content_id size content",
-    "outbox": "state attempts created_at next_attempt_at last_error",
+    "outbox": "state attempts created_at next_attempt_at last_error purpose own_message_id",
     "rejected": "id received_at status reason content_type body",
     "provider": "name fields",
     "inbox": "reference queue subject requester",
@@ -205,6 +205,14 @@ ILLEGAL = [
     "UPDATE email_account SET template = 'no reference'",
     "UPDATE email_account SET trusted_forwarders = 'nobody'",
     "UPDATE email_account SET confirmations_per_domain_hour = -1",
+    "UPDATE email_account SET staff = 'bob'",
+    "UPDATE email_account SET staff = ''",
+    "UPDATE email_account SET notices_per_hour = -1",
+    "UPDATE email_account SET notices_per_hour = NULL",
+    "UPDATE email_account SET replica_socket = ''",
+    "UPDATE ticket SET last_writer = 'nobody'",
+    "UPDATE ticket SET last_writer = NULL",
+    "UPDATE outbox SET own_message_id = NULL",
 ]
 
 
@@ -229,6 +237,9 @@ LEGAL = [
     "DELETE FROM ticket",
     "DELETE FROM rejected",
     "UPDATE queue SET name = 'Help' WHERE is_default",
+    "UPDATE email_account SET staff = 'bob@team.example, cleo@team.example'",
+    "UPDATE email_account SET staff = NULL, notices_per_hour = 0, replica_socket = '/run/l.sock'",
+    "UPDATE ticket SET last_writer = 'team'",
     "INSERT INTO provider (name, fields) VALUES ('Ours', '{\"from\": \"absender\"}')",
 ]
 
@@ -300,19 +311,29 @@ def version_of(path):
         return db.execute("PRAGMA user_version").fetchone()[0]
 
 
-OLD = Path(__file__).with_name("version-1.db.sql")
+HERE = Path(__file__).parent
 # What the program knew of and kept in tables of its own; it stands in inbound.py now.
 PROGRAM = {"provider", "sign", "command"}
 
 
-@pytest.fixture
-def old(folder):
-    """A file of version 1, made by its own code, with tickets, settings and rows of an admin."""
+def file_of_version(version, folder):
+    """A file made by that version's own code, with tickets, settings and rows of an admin."""
     file = File(folder / "old.db")
+    dump = (HERE / f"version-{version}.db.sql").read_text(encoding="utf-8")
     with contextlib.closing(sqlite3.connect(file.path)) as db:     # a dump's order heeds no keys
-        db.executescript(OLD.read_text(encoding="utf-8"))
+        db.executescript(dump)
         db.execute("PRAGMA journal_mode = WAL")
     return file
+
+
+@pytest.fixture
+def old(folder):
+    return file_of_version(1, folder)
+
+
+@pytest.fixture
+def second(folder):
+    return file_of_version(2, folder)
 
 
 def rows_of(file):
@@ -348,11 +369,37 @@ def test_a_file_of_version_1_keeps_every_row_and_every_setting(old):
     assert [row["names"] for row in after["sign_of_version_1"]] == ["x-ours"]
 
 
-def test_its_schema_is_that_of_a_new_file(old, new_file):
-    # What cannot be carried is kept apart.
-    old.execute("DELETE FROM sign WHERE names = 'x-ours'")
-    migrated(old)
-    assert schema_of(old) == schema_of(new_file)
+def test_a_file_of_version_2_keeps_every_row_and_every_setting(second):
+    before = rows_of(second)
+    migrated(second)
+    after = rows_of(second)
+    for table in before:
+        carried = [{name: row[name] for name in first} for row, first in
+                   zip(after[table], before[table])]
+        assert carried == before[table] and len(after[table]) == len(before[table]), table
+        assert before[table], f"{table} has nothing to lose"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_its_schema_is_that_of_a_new_file(folder, new_file, version):
+    file = file_of_version(version, folder)
+    if version == 1:    # what cannot be carried is kept apart
+        file.execute("DELETE FROM sign WHERE names = 'x-ours'")
+    migrated(file)
+    assert schema_of(file) == schema_of(new_file)
+
+
+@pytest.mark.parametrize("version, last", [
+    (1, {"Printer on fire": "team"}), (2, {"Printer on fire": "team", "Again": "customer"})])
+def test_its_mails_have_their_ids_and_its_tickets_who_wrote_last(folder, version, last):
+    file = file_of_version(version, folder)
+    migrated(file)
+    # Ada's last word is her vacation's, Bob's is his own.
+    assert last.items() <= {**dict(file.sql("SELECT subject, last_writer FROM ticket"))}.items()
+    assert dict(file.sql("SELECT subject, last_writer FROM ticket"))["日本語 ünd"] == "customer"
+    ids = file.sql("SELECT own_message_id, message_id FROM outbox"
+                   " JOIN message ON message.id = outbox.message")
+    assert ids and all(ours == theirs for ours, theirs in ids)
 
 
 def test_a_migrated_desk_goes_on_where_it_stopped(old, clock):
@@ -611,3 +658,63 @@ def test_each_table_explains_itself_in_its_own_words(desk):
     [sql] = [sql for name, sql in tables if name == "outbox"]
     for state in ("queued", "sending", "sent", "failed"):
         assert re.search(rf"-- .*\b{state}\b", sql)
+
+
+# Cost ---------------------------------------------------------------------------------------------
+
+GROWING = "ticket|message|attachment|outbox|rejected"
+
+
+@pytest.fixture
+def traced(desk, monkeypatch):
+    """A desk, and the statements that it has executed, with their values in them."""
+    statements = []
+    connect = inbound.Store._connect
+
+    def connect_traced(store):
+        connection = connect(store)
+        connection.set_trace_callback(statements.append)
+        return connection
+
+    monkeypatch.setattr(inbound.Store, "_connect", connect_traced)
+    desk.store.close()
+    return desk, statements
+
+
+# `forget`, `tickets --search`, `backup` and doctor's check of the file look at all by their nature.
+def test_no_query_looks_through_a_table_that_grows(traced, sink):
+    desk, statements = traced
+    desk.set_account(staff="ada@staff.example,bob@staff.example")
+    desk.send_to(sink.port)
+    reference = desk.post(desk.mail())["ticket"]
+    desk.post(desk.mail(message_id="<2@x>", in_reply_to="<first@customer.example>", text="more"))
+    desk.post(desk.mail(message_id="<3@x>", subject=f"Re: [{reference}]", attachments=[
+        {"filename": "a", "content": "YQ=="}], **{"from": "else@where.example"}))
+    desk.post({"from": "nobody"}, status=422)
+    inbound.send_due(desk.store)
+    own = desk.sql("SELECT own_message_id FROM outbox")[0][0]
+    desk.post(desk.mail(message_id="<4@x>", subject="failure", in_reply_to=own, headers={
+        "Auto-Submitted": "auto-replied"}, **{"from": "MAILER-DAEMON@x.example"}))
+    for argv in (["tickets"], ["tickets", "waiting"], ["tickets", "closed"], ["tickets", "all"],
+                 ["tickets", "--from", "ada@customer.example"], ["tickets", "all", "--limit", "0"],
+                 ["show", reference], ["close", reference], ["reopen", reference], ["outbox"],
+                 ["outbox", "show", "1"], ["outbox", "retry", "all"], ["rejected"],
+                 ["rejected", "show", "1"], ["rejected", "replay", "1"], ["account"], ["secret"]):
+        desk.run(*argv)
+    desk.run("doctor", status=1)
+    desk.run("reply", reference, stdin="Hello")
+    desk.app.get("/healthz")
+    queries = dict.fromkeys(query for query in statements if re.match(
+        r"\s*(?:WITH|SELECT|UPDATE|DELETE|INSERT)", query))
+    assert len(queries) > 60
+    assert {query: plan for query in queries if (plan := slow_plan(desk, query))} == {}
+
+
+def slow_plan(desk, query):
+    """The plan of a query that looks at all rows of a table that grows, or sorts them; else []."""
+    plan = [row[3] for row in desk.sql(f"EXPLAIN QUERY PLAN {query}")]
+    if not any(re.match(rf"SCAN (?:{GROWING}|mail)\b", step) for step in plan):
+        return []
+    # Read in the order of an index, or of the id, it ends at its limit; that many may be sorted.
+    is_sorted = any("TEMP B-TREE" in step for step in plan) and "CO-ROUTINE" not in plan[0]
+    return plan if is_sorted or "LIMIT" not in query else []

@@ -130,7 +130,7 @@ def columns(row, expected):
 def ticket_row(reference, created_at):
     return {"id": 1, "reference": reference, "queue": 1, "email_account": 1, "status": "open",
             "subject": "Printer on fire", "requester": ADA, "requester_name": "Ada Lovelace",
-            "created_at": created_at, "updated_at": created_at}
+            "last_writer": "customer", "created_at": created_at, "updated_at": created_at}
 
 
 def incoming_row(answer, received_at):
