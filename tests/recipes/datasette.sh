@@ -17,7 +17,8 @@ holds "Through a proxy" /tmp/page
 get / > /tmp/page
 get /inbound >> /tmp/page
 lacks "$SECRET" /tmp/page
-for page in /email_account /message '?sql=select+*+from+email_account' .db; do
+tables=$(sqlite3 $INBOUND_DB "SELECT '/' || name FROM sqlite_schema WHERE type = 'table'")
+for page in $tables '?sql=select+*+from+email_account' .db; do
     refused /inbound$page
 done
 client post http://127.0.0.1:8080/api/helpdesk/inbound-email "While it is read"
