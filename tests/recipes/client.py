@@ -1,6 +1,7 @@
 """What the recipes are tried with, inside the machine: mail by HTTPS and by SMTP, slow sockets.
 
     client.py post URL SUBJECT [MEGABYTES [chunked]]    prints the status and the answer
+    client.py guess URL ADDRESS                         likewise, as ADDRESS behind a proxy
     client.py slow HOST COUNT URL SUBJECT               likewise, while COUNT sockets are slow
     client.py smtp RECIPIENT SUBJECT [SENDER]           to port 25 here, SENDER "" for a bounce
 
@@ -20,9 +21,11 @@ import socket
 import ssl
 import sys
 import time
+import urllib.error
 import urllib.parse
+import urllib.request
 
-STRANGER = "192.0.2.1"       # an address that this machine gets for it after the mail server started
+STRANGER = "192.0.2.1"      # of this machine, but of no network that a mail server trusts
 
 
 def post(url, subject, megabytes="0", way=""):
@@ -46,6 +49,15 @@ def post(url, subject, megabytes="0", way=""):
         connection.request("POST", path, body, headers)
     response = connection.getresponse()
     print(response.status, response.read().decode(errors="replace").strip(), flush=True)
+
+
+def guess(url, address):
+    request = urllib.request.Request(url, b"{}", {
+        "X-Mobieus-Inbound-Secret": "a-guess", "X-Forwarded-For": address})
+    try:
+        urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        print(error.code)
 
 
 def slow(host, count, url, subject):

@@ -3,7 +3,10 @@ as_written service
 SECRET=$(inbound secret); export SECRET
 as_written datasette
 client post http://127.0.0.1:8080/api/helpdesk/inbound-email "Seen by Datasette"
-get() { python3 -c 'import sys, urllib.request as u; print(u.urlopen(sys.argv[1]).read().decode())' "http://127.0.0.1:8001$1"; }
+get() {
+    python3 -c 'import sys, urllib.request as web; print(web.urlopen(sys.argv[1]).read().decode())' \
+        "http://127.0.0.1:8001$1"
+}
 refused() { { get "$1" 2>&1 || true; } | grep 'HTTP Error 40[34]'; }
 now_shown() { get /inbound/open_tickets.csv | grep "After a restart"; }
 until_true get /inbound/open_tickets.json
@@ -14,8 +17,9 @@ holds "Through a proxy" /tmp/page
 get / > /tmp/page
 get /inbound >> /tmp/page
 lacks "$SECRET" /tmp/page
-for page in /inbound/email_account /inbound/message '/inbound?sql=select+*+from+email_account' /inbound.db; do
-    refused $page
+tables=$(sqlite3 $INBOUND_DB "SELECT '/' || name FROM sqlite_schema WHERE type = 'table'")
+for page in $tables '?sql=select+*+from+email_account' .db; do
+    refused /inbound$page
 done
 client post http://127.0.0.1:8080/api/helpdesk/inbound-email "While it is read"
 get "/inbound/open_tickets.csv" | tee /tmp/page

@@ -104,21 +104,23 @@ by_mail() {         # NAME: a mail server's recipe; its own confirmations leave 
 }
 
 by_server() {       # NAME ORIGIN: another WSGI server's recipe, and the timer
+    local url=$2/api/helpdesk/inbound-email
     as_written service
     certificate
     . /etc/profile.d/inbound.sh
     as_written "$1"
     as_written timer
     python3 -W ignore -m smtpd -n -c DebuggingServer 127.0.0.1:2525 > /tmp/sink 2>&1 &
-    inbound account set address=support@example.org smtp_host=localhost smtp_port=2525 smtp_security=none
+    inbound account set address=support@example.org smtp_host=localhost smtp_port=2525 \
+        smtp_security=none
     SECRET=$(inbound secret)
     export SECRET
-    until_true client post "$2/api/helpdesk/inbound-email?secret=$SECRET" "By $1"
-    client post "$2/api/helpdesk/inbound-email" "25 MB by $1" 25 | tee /tmp/answer
+    until_true client post "$url?secret=$SECRET" "By $1"
+    client post "$url" "25 MB by $1" 25 | tee /tmp/answer
     holds '^200 .*created' /tmp/answer
-    client post "$2/api/helpdesk/inbound-email" "Too large for $1" 60 | tee /tmp/answer
+    client post "$url" "Too large for $1" 60 | tee /tmp/answer
     holds '^413' /tmp/answer
-    client post "$2/api/helpdesk/inbound-email?secret=wrong-$SECRET" "A wrong secret" | tee /tmp/answer
+    client post "$url?secret=wrong-$SECRET" "A wrong secret" | tee /tmp/answer
     holds '^401' /tmp/answer
     until_true is_sent
     shown "25 MB by $1"
