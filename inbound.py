@@ -2597,9 +2597,12 @@ def date_of(message: Message, now: int) -> int:
 
 def open_ticket(db: DB, now: int, account: Row, message: Message, kind: str) -> Row:
     """Insert a ticket; automatic replies and bounces go to the queue `Automatic`."""
-    letters = "".join(CROCKFORD[byte % 32] for byte in secrets.token_bytes(8))
-    ticket: Row = db.execute(NEW_TICKET, account | vars(message) | {
-        "reference": f"T-{letters[:4]}-{letters[4:]}", "kind": kind, "now": now}).fetchone()
+    ticket: Row | None = None
+    while ticket is None:       # among a million one in a million references is taken
+        letters = "".join(CROCKFORD[byte % 32] for byte in secrets.token_bytes(8))
+        ticket = db.execute(NEW_TICKET, account | vars(message) | {
+            "reference": f"T-{letters[:4]}-{letters[4:]}", "kind": kind,
+            "now": now}).fetchone()
     return ticket
 
 
@@ -2609,7 +2612,8 @@ NEW_TICKET = """
         created_at, updated_at)
     VALUES (:reference, iif(:kind IN ('auto-reply', 'bounce'),
             (SELECT id FROM queue WHERE name = 'Automatic'), :queue), :id, :subject,
-        :from_address, :from_name, :now, :now) RETURNING *"""
+        :from_address, :from_name, :now, :now)
+    ON CONFLICT (reference) DO NOTHING RETURNING *"""
 
 
 def touch_ticket(db: DB, now: int, ticket: Row, message: Message, kind: str,

@@ -5,13 +5,14 @@ What a mail program writes comes through both doors; a reply goes through the on
 
 import contextlib
 import json
+import secrets
 import sqlite3
 import time
 
 import pytest
 from doors import DOORS, deliver
 
-from conftest import SECRET
+from conftest import SECRET, mail_from
 
 FIRST = "<first@customer.example>"
 OTHER = "another-secret-of-the-tests-9876"
@@ -519,3 +520,12 @@ def test_a_long_run_of_anything_for_an_id_costs_less_than_a_second(desk, field, 
     answer = desk.request(desk.mail(**{field: junk}))
     assert time.process_time() - start < 1
     assert answer.status_int in (200, 422)
+
+
+def test_a_reference_that_is_taken_is_no_reason_to_lose_a_ticket(desk, monkeypatch):
+    drawn = iter([bytes(8), bytes(8), bytes(8), b"\1" * 8])
+    draw = secrets.token_bytes
+    monkeypatch.setattr(
+        secrets, "token_bytes", lambda length: next(drawn) if length == 8 else draw(length))
+    references = [desk.post(mail_from(name))["ticket"] for name in ("a", "b")]
+    assert references == ["T-0000-0000", "T-1111-1111"]
