@@ -66,7 +66,6 @@ import http.client
 import inspect
 import io
 import ipaddress
-import itertools
 import json
 import logging
 import os
@@ -881,8 +880,7 @@ def mail_of_mime(content: bytes) -> Mail:
               if SHOWN.fullmatch(fields.get_content_type())
               and fields.get_content_disposition() != "attachment"]
     # RFC 2183 2.1: inline is shown; a named one when there is no other.
-    unnamed = [fields for fields in inline if fields.get_filename() is None]
-    texts = unnamed or inline
+    texts = [fields for fields in inline if fields.get_filename() is None] or inline
     text: list[str] = []
     markup: list[str] = []
     attachments = []
@@ -1075,15 +1073,11 @@ class Provider:
     fields: Row = field(default_factory=dict)           # canonical name → path, if another
 
 
-def squeezed(name: str) -> str:
-    return re.sub("[^a-z0-9]", "", name.lower())
-
-
 def spelled(value: Any) -> Row:
-    """An object by its squeezed names; what is no object has none."""
+    """An object by its names in lower case, without punctuation; none for another value."""
     if not isinstance(value, dict):
         return {}
-    return {squeezed(name): value[name] for name in value}
+    return {re.sub("[^a-z0-9]", "", name.lower()): value[name] for name in value}
 
 
 def mend_files(post: Row, mail: Mail) -> None:
@@ -1457,7 +1451,7 @@ def raw_headers_of(value: Any, faults: Faults) -> Headers:
         # CloudMailin writes message_id; beside a hyphen `_` is the sender's own.
         dash = "_" if "-" in "".join(value) else "-"
         value = [[name.replace("_", dash), value[name]]
-                 for name in itertools.islice(value, MAX_HEADER_LINES + 1)]
+                 for name in [*value][:MAX_HEADER_LINES + 1]]
     headers = []
     for item in items_of(value):
         name, content = header_pair(item)
