@@ -2627,28 +2627,24 @@ def touch_ticket(db: DB, now: int, ticket: Row, message: Message, kind: str,
 def insert_message(db: DB, now: int, ticket: Row, message: Message, reason: str,
                    kind: str | None = None, confirmation: str | None = None) -> int:
     """Insert a message and its attachments; return its id. Without a kind it is ours."""
-    row = db.execute(NEW_MESSAGE, ticket | vars(message) | {
-        "now": now, "reason": reason, "kind": kind, "confirmation": confirmation}).lastrowid
+    columns = vars(message) | {"in_reply_to": " ".join(message.in_reply_to) or None}
+    for name in ("attachments", "from_count", "verdict"):
+        del columns[name]
+    row = insert(
+        db, "message", ticket=ticket["id"], email_account=ticket["email_account"],
+        direction="in" if kind else "out", kind=kind, reason=reason,
+        confirmation=confirmation, received_at=now, **columns)
     for item in message.attachments:
         columns = vars(item) | {"sha256": item.sha256}
         insert(db, "attachment", message=row, size=len(item.content or b""), **columns)
-    return row or 0
+    return row
 
 
-NEW_MESSAGE = """
-    INSERT INTO message (ticket, email_account, direction, message_id, digest, in_reply_to,
-        "references", from_address, from_name, envelope_from, "to", cc, subject, text, html,
-        headers, kind, reason, confirmation, notes, received_at)
-    VALUES (:id, :email_account, iif(:kind IS NULL, 'out', 'in'), :message_id, :digest,
-        (SELECT group_concat(value, ' ') FROM json_each(:in_reply_to)),
-        :references, :from_address, :from_name, :envelope_from, :to, :cc, :subject, :text,
-        :html, :headers, :kind, :reason, :confirmation, :notes, :now)"""
-
-
-def insert(db: DB, table: str, **row: Any) -> None:
-    """Insert a row."""
-    columns, marks = ", ".join(row), ", ".join("?" * len(row))
-    db.execute(f"INSERT INTO {table} ({columns}) VALUES ({marks})", [*row.values()])
+def insert(db: DB, table: str, **row: Any) -> int:
+    """Insert a row; return its id."""
+    columns, marks = '", "'.join(row), ", ".join("?" * len(row))
+    return db.execute(f'INSERT INTO {table} ("{columns}") VALUES ({marks})',
+                      [*row.values()]).lastrowid or 0
 
 
 DELAYED = re.compile(
@@ -2781,25 +2777,22 @@ def reason_to_withhold(db: DB, now: int, post: Post, message: Message,
         return "From is not one address that we write to (RFC 3834 3.1.3)"
     counted = {"mailbox": mailbox, "domain": domain_key(mailbox),
                "email_account": post.account["id"]}
-    sent = db.execute(SENT, counted | {"now": now, "purpose": purpose}).fetchone()
-    for cap, _, column in CAPS:
-        if sent[cap] >= post.account[cap] and counted[column] not in LARGE_PROVIDERS:
+    for cap, seconds, column in CAPS:
+        sent = sent_lately(db, now, purpose, counted[column], column, seconds)
+        if sent >= post.account[cap] and counted[column] not in LARGE_PROVIDERS:
             return f"the cap {cap} is reached"
     return ""
 
 
-# Until now: what a clock that was wrong dated into the future does not count.
-SENT = "SELECT " + ", ".join(
-    f"""(SELECT count(*) FROM outbox WHERE {column} = :{column} AND purpose = :purpose
-        AND created_at BETWEEN :now - {seconds - 1} AND :now) AS {cap}"""
-    for cap, seconds, column in CAPS)
+def sent_lately(db: DB, now: int, purpose: str, to: Any, column: str = "mailbox",
+                seconds: int = 3600) -> int:
+    """How many mails of a purpose went to a mailbox, or to whom another column says.
 
-
-def sent_lately(db: DB, now: int, purpose: str, mailbox: str) -> int:
-    """How many mails went to a person within the last hour."""
-    row = db.execute("""SELECT count(*) AS n FROM outbox WHERE mailbox = ?
+    Until now: what a clock that was wrong dated into the future does not count.
+    """
+    row = db.execute(f"""SELECT count(*) AS n FROM outbox WHERE {column} = ?
         AND purpose = ? AND created_at BETWEEN ? AND ?""", [
-            mailbox, purpose, now - 3599, now]).fetchone()
+            to, purpose, now - seconds + 1, now]).fetchone()
     return int(row["n"])
 
 
