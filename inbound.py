@@ -438,12 +438,7 @@ def receive(store: Store, post: Post) -> Steps:
             for name, fault in refusal.fields.items()}) from None
     except Exception as error:
         filings = [fault_of(error, post, reading.provider)]
-    try:
-        answers = yield file_post, post, filings
-    except Refused:
-        raise
-    except Exception as error:      # undone; now it is kept
-        answers = yield file_post, post, [fault_of(error, post, "filing")]
+    answers = yield file_post, post, filings
     if len(post.body) > HEAVY:
         store.let_go()
     if not answers:
@@ -476,8 +471,7 @@ def understand(reading: Reading, member: Any, post: Post) -> Filing | str:
         if reading.cut and member is reading.members[-1]:   # what is missing is at the end
             kept = safe(post)
             mail["whole"] = (reading.cut, "post", kept.content_type, kept.body)
-        message = normalise(mail, is_strict=reading.provider == "canonical")
-        return Filing(message, *classify(message, post))
+        return classify(normalise(mail, is_strict=reading.provider == "canonical"), post)
     except Exception as error:
         if isinstance(error, Refused) and not reading.is_batch:
             raise
@@ -1929,14 +1923,14 @@ SIGNS: tuple[Sign, ...] = (
     ("human", lambda mail: True, ""))
 
 
-def classify(message: Message, post: Post) -> tuple[str, str, str]:
-    """Return (kind, reason, why it is not to be confirmed or ""), the latter in words."""
+def classify(message: Message, post: Post) -> Filing:
+    """The message with its kind, and why it has that and is or is not to be confirmed."""
     mail = Evidence(message)
     take_off_stamps(mail, post)
     kind, _, reason = next(sign for sign in SIGNS if sign[1](mail))
     if kind == "human":
-        return kind, "no sign of automatic mail", reason
-    return kind, reason, f"never for {kind} mail (RFC 3834 2)"
+        return Filing(message, kind, "no sign of automatic mail", reason)
+    return Filing(message, kind, reason, f"never for {kind} mail (RFC 3834 2)")
 
 
 # name → word that is taken off; "" = whatever it says.
@@ -2484,10 +2478,8 @@ def new_secret() -> str:
 def file_post(db: DB, now: int, post: Post, filings: list[Filing | str]) -> list[Row]:
     """Store each member of a post; one that was not understood has it kept, once.
 
-    What cannot be filed costs a batch nothing but this member; alone it is raised.
+    What cannot be filed costs nothing but this member.
     """
-    if len(filings) == 1 and isinstance(filings[0], Filing):
-        return [file_message(db, now, post, filings[0])]
     answers: list[Row] = []
     faults: list[str] = []
     for filing in filings:
@@ -3704,9 +3696,6 @@ def account_set(store: Store, setting: str, *more: str, account: str = "") -> An
 
 STATUSES = {"open": "status = 'open'", "closed": "status = 'closed'", "all": "true",
             "waiting": "status = 'open' AND last_writer = 'customer'"}
-SEARCHED = """ AND NOT EXISTS (SELECT 1 FROM json_each(:words) WHERE NOT EXISTS (
-    SELECT 1 FROM message WHERE message.ticket = ticket.id
-    AND instr(lower(from_address || ' ' || subject || ' ' || text), lower(value))))"""
 
 
 def tickets(store: Store, status: str = "open", *, search: str = "", limit: int = 50,
@@ -3724,14 +3713,15 @@ def tickets(store: Store, status: str = "open", *, search: str = "", limit: int 
     where = STATUSES[status]
     if "from" in asked:
         where += " AND requester = :from"
-    if search:
-        where += SEARCHED
     return store.rows(f"""SELECT reference, queue.name AS queue, status, subject, requester,
         (SELECT count(*) FROM message WHERE message.ticket = ticket.id) AS messages,
         last_writer, created_at, updated_at
         FROM ticket CROSS JOIN queue ON queue.id = ticket.queue
         WHERE {where} AND :account IN (email_account, '')
         AND queue.name = ifnull(:queue, queue.name)
+        AND NOT EXISTS (SELECT 1 FROM json_each(:words) WHERE NOT EXISTS (
+            SELECT 1 FROM message WHERE message.ticket = ticket.id
+            AND instr(lower(from_address || ' ' || subject || ' ' || text), lower(value))))
         ORDER BY updated_at DESC, ticket.id DESC LIMIT :limit""", asked)
 
 
@@ -3745,10 +3735,10 @@ def show(store: Store, reference: str, *, last: int = -1) -> Any:
     Print a ticket: its messages, and why each was treated as it was.
     """
     ticket = ticket_of(store, reference)
-    messages = store.rows("""SELECT * FROM (SELECT direction, message_id, in_reply_to,
-        "references", from_address AS "from", from_name, envelope_from, "to", cc, subject,
-        text, html, headers, kind, reason, confirmation, notes, received_at, id FROM message
-        WHERE ticket = ? ORDER BY id DESC LIMIT ?) ORDER BY id""", [ticket["id"], last])
+    messages = store.rows("""SELECT direction, message_id, in_reply_to, "references",
+        from_address AS "from", from_name, envelope_from, "to", cc, subject, text, html,
+        headers, kind, reason, confirmation, notes, received_at, id FROM message
+        WHERE ticket = ? ORDER BY id DESC LIMIT ?""", [ticket["id"], last])[::-1]
     text = "{reference} ({status}, {queue}): {subject} <{requester}>\n".format(**ticket)
     for message in messages:
         for name in ("references", "to", "cc", "headers", "notes"):
@@ -3923,9 +3913,8 @@ def rejected_list(store: Store, *, limit: int = 500) -> Any:
 
     List posts that could not become a message, the latest last.
     """
-    return store.rows("""SELECT * FROM (SELECT id, received_at, status, reason,
-        content_type, length(body) AS size FROM rejected ORDER BY id DESC LIMIT ?)
-        ORDER BY id""", [limit])
+    return store.rows("""SELECT id, received_at, status, reason, content_type,
+        length(body) AS size FROM rejected ORDER BY id DESC LIMIT ?""", [limit])[::-1]
 
 
 def rejected_show(store: Store, identifier: str) -> Any:
