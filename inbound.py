@@ -526,17 +526,14 @@ TROUBLES = """
 # The secrets of all accounts are compared, always, so that the time tells nothing. Of a
 # stranger's post nothing but header lines is looked at.
 
-SECRETS = """
-    SELECT *, inbound_secret AS secret FROM email_account UNION ALL
-    SELECT *, previous_secret FROM email_account WHERE previous_secret_until > ?"""
-
-
 def authenticate(store: Store, environ: Row) -> tuple[Post, bool]:
     """Return the post, and whether its secret was in the body.
 
     Refused 503 while no account has a secret (so that providers keep the mail), else 401.
     """
-    accounts = store.rows(SECRETS, [store.now()])
+    accounts = store.rows("""SELECT *, inbound_secret AS secret FROM email_account
+        UNION ALL SELECT *, previous_secret FROM email_account
+        WHERE previous_secret_until > ?""", [store.now()])
     known = [account for account in accounts if account["secret"]]
     if not known:
         raise Refused(503, "no secret is set yet: run `inbound secret rotate`")
@@ -842,8 +839,7 @@ def at(value: Any, path: Any, missing: Any = None) -> Any:
 def items_of(value: Any) -> list[Any]:
     """A list, what stands for one (a form's `a[0]`, Mandrill's by name), or one value."""
     if isinstance(value, dict) and all(
-            key.isdigit() or isinstance(value[key], dict)
-            for key in value):
+            key.isdigit() or isinstance(value[key], dict) for key in value):
         return [*value.values()]
     if isinstance(value, list):
         return value
@@ -1303,8 +1299,7 @@ def mail_of(provider: Provider, post: Any) -> Mail:
         mail = {name: at(known, paths) for name, paths in SPELLINGS.items() if known}
         listed = [at(known, name) for name in FILES if known]
         mail["attachments"] = [
-            file for files in listed
-            for file in items_of(json_in(files) or files)
+            file for files in listed for file in items_of(json_in(files) or files)
             if isinstance(file, dict)]
         mail |= {
             name: at(post, path) for name, path in provider.fields.items()
@@ -1388,11 +1383,9 @@ def normalise(mail: Mail, is_strict: bool) -> Message:
         message_id=message_id, digest=digest,
         in_reply_to=ids_of(fields["in_reply_to"] or header_values(headers, "in-reply-to")),
         references=ids_of(fields["references"] or header_values(headers, "references")),
-        from_address=address, from_count=from_count,
+        from_address=address, from_count=from_count, envelope_from=envelope_from,
         from_name=one_line(fields["from_name"]) or name,
-        envelope_from=envelope_from,
-        to=addresses_of(fields["to"]),
-        cc=addresses_of(fields["cc"]),
+        to=addresses_of(fields["to"]), cc=addresses_of(fields["cc"]),
         subject=subject, text=text, html=markup or None,
         headers=headers, notes=notes, attachments=attachments,
         verdict=str(mail.get("verdict") or "")[:500])
@@ -1563,9 +1556,8 @@ def ids_of(value: Any) -> list[str]:
         return []
     text = " ".join(text for text in items_of(value) if isinstance(text, str))
     text = clean(text).replace("&lt;", "<").replace("&gt;", ">")
-    ids = dict.fromkeys(
-        "".join(bracketed.split()) or bare
-        for bracketed, bare in MESSAGE_IDS.findall(text))
+    ids = dict.fromkeys("".join(bracketed.split()) or bare
+                        for bracketed, bare in MESSAGE_IDS.findall(text))
     known = [f"<{each}>" for each in ids if each]
     return known[:FIRST_REFERENCES] + known[FIRST_REFERENCES:][-LAST_REFERENCES:]
 
@@ -1573,11 +1565,8 @@ def ids_of(value: Any) -> list[str]:
 def attachment_of(posted: Any) -> Attachment:
     """The attachment of an object, whatever its provider calls its fields."""
     item = spelled(posted)
-    name, kind, content_id = (
-        one_line(str(at(item, names) or "")) for names in (
-            ("filename", "name"),
-            ("contenttype", "mimetype", "type"),
-            ("contentid", "cid")))
+    name, kind, content_id = (one_line(str(at(item, names) or "")) for names in (
+        ("filename", "name"), ("contenttype", "mimetype", "type"), ("contentid", "cid")))
     content = None
     with contextlib.suppress(ValueError, TypeError, KeyError):
         content = content_in(item)
