@@ -435,7 +435,7 @@ def receive(store: Store, post: Post) -> Steps:
             yield keep, safe(post), refusal.status, reason
         raise Refused(refusal.status, reason, {
             name: starred(post.account, fault)
-            for name, fault in refusal.fields.items()}) from None
+            for name, fault in refusal.fields.items()})
     except Exception as error:
         filings = [fault_of(error, post, reading.provider)]
     answers = yield file_post, post, filings
@@ -598,7 +598,7 @@ def body_of(environ: Row) -> bytes:
     try:
         body: bytes = environ["wsgi.input"].read(most)
     except OSError as error:    # who hung up is told so by other servers than waitress
-        raise Refused(400, f"the body cannot be read: {error}") from None
+        raise Refused(400, f"the body cannot be read: {error}")
     if len(body) > MAX_BODY:
         raise Refused(413, f"the body is larger than {MAX_BODY} bytes")
     if len(body) < length:
@@ -768,7 +768,7 @@ def parse_json(body: bytes) -> Fields:
         value = json.loads(within, parse_constant=int)      # int("NaN") raises
     except (ValueError, RecursionError) as error:       # UnicodeDecodeError is the former
         reason = printable(str(error))[:200]
-        raise Refused(400, f"the body is not JSON in UTF-8: {reason}") from None
+        raise Refused(400, f"the body is not JSON in UTF-8: {reason}")
     is_object = isinstance(value, dict)
     if is_object and "TopicArn" in value:       # SNS: what was published is inside
         value = json_in(value.get("Message")) or value
@@ -2106,11 +2106,11 @@ class Store:
                     raise Refused(503, f"no database at {self.path!r}: `inbound serve` "
                                        "makes one; --db FILE or $INBOUND_DB names another")
                 # Before SQLite does, so that its -wal and -shm get the same mode.
-                os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
+                Path(self.path).touch(0o600)
             with contextlib.closing(self._connect()) as db:
                 was_made = migrate(db, self.path)
         except (OSError, sqlite3.Error) as error:
-            raise Refused(503, f"cannot open the database {self.path!r}: {error}") from None
+            raise Refused(503, f"cannot open the database {self.path!r}: {error}")
         self._was_open = True
         return was_made
 
@@ -2139,7 +2139,7 @@ class Store:
             self.blind_since = 0.0
             return found
         except sqlite3.Error as error:
-            raise Refused(503, f"the database cannot be read: {error}") from None
+            raise Refused(503, f"the database cannot be read: {error}")
         finally:
             self._reader_lock.release()
 
@@ -3340,7 +3340,7 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080",
             asyncore_use_poll=True, max_request_body_size=MAX_BODY + 1,
             clear_untrusted_proxy_headers=False)
     except (OSError, ValueError) as error:
-        raise Refused(503, f"cannot listen on {listen!r}: {error}") from None
+        raise Refused(503, f"cannot listen on {listen!r}: {error}")
     server.adj.send_bytes = 2**12       # an answer goes out whole, not its headers first
     for number in (signal.SIGTERM, signal.SIGINT):  # SystemExit: what is in flight ends
         signal.signal(number, lambda *_: sys.exit(0))
@@ -4143,7 +4143,7 @@ def backup(store: Store, file: str) -> Any:
             os.fsync(written.fileno())
         os.replace(part, file)
     except (OSError, sqlite3.Error) as error:
-        raise Refused(503, f"no backup was made: {error}") from None
+        raise Refused(503, f"no backup was made: {error}")
     finally:
         part.unlink(missing_ok=True)
     return {"file": file, "messages": messages}
@@ -4226,7 +4226,7 @@ def parse(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     try:
         given, words = getopt.gnu_getopt(argv, "h", ["help", "json", "version", *valued])
     except getopt.GetoptError as error:
-        raise Usage(f"{error}: see inbound --help") from None
+        raise Usage(f"{error}: see inbound --help")
     return {name.lstrip("-"): value for name, value in given}, words
 
 
@@ -4247,7 +4247,7 @@ def run_verb(given: dict[str, str], words: list[str], clock: Callable[[], float]
                 store.open(create=False)
             result = function(store, *words, **options)
     except Usage as error:
-        raise Usage(f"{error}: {usage_of(function)}") from None
+        raise Usage(f"{error}: {usage_of(function)}")
     if result is not None:
         print_result(result, "json" in given)
     if name == "doctor" and not all(row["is_ok"] for row in result[0]):
@@ -4283,7 +4283,7 @@ def options_of(function: Verb, given: dict[str, str], words: list[str]) -> Row:
     try:
         inspect.signature(function).bind(None, *words)
     except TypeError as error:
-        raise Usage(str(error)) from None
+        raise Usage(str(error))
     return options
 
 
