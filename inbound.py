@@ -453,14 +453,13 @@ def receive(store: Store, post: Post) -> Steps:
 @contextlib.contextmanager
 def one_heavy_at_a_time(body: bytes) -> Iterator[None]:
     """Let one large post be understood while others wait; Refused 503 after HEAVY_WAIT."""
-    is_heavy = len(body) > HEAVY
-    if is_heavy and not HEAVY_LOCK.acquire(timeout=HEAVY_WAIT):
+    lock = HEAVY_LOCK if len(body) > HEAVY else threading.Lock()
+    if not lock.acquire(timeout=HEAVY_WAIT):
         raise Refused(503, "too many large messages at once: send it again")
     try:
         yield
     finally:
-        if is_heavy:
-            HEAVY_LOCK.release()
+        lock.release()
 
 
 def understand(reading: Reading, member: Any, post: Post) -> Filing | str:
@@ -782,7 +781,7 @@ def within_json_budget(text: str) -> str:
 
     Python takes up to 60 bytes for each of the 3 in `[],`.
     """
-    if len(text) < MAX_VALUES or sum(map(text.count, '[{"')) < MAX_VALUES:
+    if sum(map(text.count, '[{"')) < MAX_VALUES:
         return text
     closers: list[str] = []
     values = 0
@@ -1384,7 +1383,8 @@ def normalise(mail: Mail, is_strict: bool) -> Message:
         references=ids_of(fields["references"] or header_values(headers, "references")),
         from_address=address, from_count=from_count, envelope_from=envelope_from,
         from_name=one_line(fields["from_name"]) or name,
-        to=addresses_of(fields["to"]), cc=addresses_of(fields["cc"]),
+        to=[address for _, address in mailboxes_of(fields["to"])],
+        cc=[address for _, address in mailboxes_of(fields["cc"])],
         subject=subject, text=text, html=markup or None,
         headers=headers, notes=notes, attachments=attachments,
         verdict=str(mail.get("verdict") or "")[:500])
@@ -1529,10 +1529,6 @@ def mailboxes_of(value: Any) -> list[tuple[str, str]]:
             mailboxes.append((one_line(str(name)), address))
     return mailboxes
 
-
-def addresses_of(value: Any) -> list[str]:
-    """The addresses of To or Cc, for display."""
-    return [address for _, address in mailboxes_of(value)]
 
 
 def message_id_of(written: str, digest: str, headers: Headers, faults: Faults) -> str:
@@ -2318,14 +2314,14 @@ def in_savepoint(db: DB, work: Work, *args: Any) -> Any:
     """Run `work(db, *args)`; undo it alone if it raises."""
     db.execute("SAVEPOINT alone")
     try:
-        result = work(db, *args)
+        return work(db, *args)
     except Exception:
         if db.in_transaction:
             db.execute("ROLLBACK TO alone")
-            db.execute("RELEASE alone")
         raise
-    db.execute("RELEASE alone")
-    return result
+    finally:
+        if db.in_transaction:       # which a full disk ends
+            db.execute("RELEASE alone")
 
 
 def migrate(db: DB, path: str) -> bool:
@@ -3181,21 +3177,19 @@ def settle_for_sure(store: Store, row: Row, state: str, error: str) -> None:
     After LEASE the row is anybody's again.
     """
     ends = time.monotonic() + LEASE
-    while True:
-        try:
-            return store.write(settle, row, state, error)
-        except Refused:
-            if time.monotonic() > ends:
-                raise
-            time.sleep(0.2)
+    while time.monotonic() < ends:
+        with contextlib.suppress(Refused):
+            store.write(settle, row, state, error)
+            return
+        time.sleep(0.2)
 
 
+@dataclass
 class Relay:
     """An SMTP session with an account's relay, opened with the first mail of a burst."""
 
-    def __init__(self, account: Row):
-        self.account = account
-        self.smtp: Any = None
+    account: Row
+    smtp: Any = None
 
     def deliver(self, row: Row) -> tuple[str, str]:
         """Return (state, error): sent, failed (5xx for it), queued (all that may pass).
@@ -3331,8 +3325,7 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080",
     except (OSError, ValueError) as error:
         raise Refused(503, f"cannot listen on {listen!r}: {error}")
     server.adj.send_bytes = 2**12       # an answer goes out whole, not its headers first
-    for number in (signal.SIGTERM, signal.SIGINT):  # SystemExit: what is in flight ends
-        signal.signal(number, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))   # what is in flight ends
     stopping = threading.Event()
     courier = threading.Thread(target=run_courier, args=(store, stopping), daemon=True)
     try:
