@@ -2382,7 +2382,18 @@ def from_version_1(db: DB) -> None:
     providers = db.execute("""SELECT fields,
         name || iif(count(*) OVER (PARTITION BY name) > 1, ' ' || id, '') AS name
         FROM provider WHERE id > 21 AND fields IS NOT NULL""").fetchall()
-    carry_over(db, CARRIED, OUT_OF_VERSION_1)
+    carry_over(db, CARRIED, """
+        CREATE TABLE sign_of_version_1 AS SELECT * FROM sign WHERE id > 42;
+        DROP TABLE provider;
+        DROP TABLE sign;
+        DROP TABLE command;
+        -- What version 2 takes no more.
+        UPDATE queue SET name = 'Queue ' || id WHERE trim(name) = '';
+        UPDATE email_account SET trusted_forwarders = iif(
+            trusted_forwarders LIKE '_%@_%', trusted_forwarders, NULL);
+        UPDATE email_account SET template = template || '{reference}' || char(10)
+        WHERE NOT instr(template, '{reference}');
+        """)
     for row in providers:
         pairs = [word.partition("=") for word in row["fields"].split()]
         fields = {name: path or name for name, _, path in pairs}
@@ -2402,7 +2413,12 @@ def carry_over(db: DB, tables: Iterable[str], mend: str = "") -> None:
             WHERE type <> 'table' AND sql IS NOT NULL""").fetchall():
         # A view's triggers go with it.
         db.execute('DROP {type} IF EXISTS "{name}"'.format(**part))
-    run_script(db, mend + ID_OF_EACH_MAIL)
+    run_script(db, mend + """
+        PRAGMA legacy_alter_table = ON;     -- references keep their tables' names
+        ALTER TABLE outbox ADD COLUMN own_message_id TEXT;
+        UPDATE outbox SET own_message_id = (
+            SELECT message_id FROM message WHERE id = message);
+        """)
     for table in tables:
         db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
     run_script(db, SCHEMA)
@@ -2421,26 +2437,9 @@ def carry_over(db: DB, tables: Iterable[str], mend: str = "") -> None:
             AND what NOT IN ('confirmation', 'auto-reply', 'bounce')
         ORDER BY message.id DESC LIMIT 1)""")
 
+
 CARRIED = (
     "queue", "email_account", "ticket", "message", "attachment", "outbox", "rejected")
-
-OUT_OF_VERSION_1 = """
-    CREATE TABLE sign_of_version_1 AS SELECT * FROM sign WHERE id > 42;
-    DROP TABLE provider;
-    DROP TABLE sign;
-    DROP TABLE command;
-    -- What version 2 takes no more.
-    UPDATE queue SET name = 'Queue ' || id WHERE trim(name) = '';
-    UPDATE email_account SET
-        template = template || iif(instr(template, '{reference}'), '',
-            '{reference}' || char(10)),
-        trusted_forwarders = iif(trusted_forwarders LIKE '_%@_%', trusted_forwarders, NULL);
-    """
-ID_OF_EACH_MAIL = """
-    PRAGMA legacy_alter_table = ON;     -- references keep their tables' names
-    ALTER TABLE outbox ADD COLUMN own_message_id TEXT;
-    UPDATE outbox SET own_message_id = (SELECT message_id FROM message WHERE id = message);
-    """
 # version → what makes a later one of it
 MIGRATIONS = {0: new_file, 1: from_version_1, 2: from_version_2}
 
@@ -2478,7 +2477,6 @@ def file_post(db: DB, now: int, post: Post, filings: list[Filing | str]) -> list
     if faults:
         keep(db, now, safe(post), 200, "; ".join(dict.fromkeys(faults))[:2000])
     return answers
-
 
 
 def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
