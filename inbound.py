@@ -356,7 +356,7 @@ def client_of(environ: Row, trusted_proxy: str) -> str:
     Only what the proxy itself added counts, the last of X-Forwarded-For, and only an
     address. We do not leave it to waitress, which refuses a request for a broken one.
     """
-    peer: str = environ.get("REMOTE_ADDR") or "localhost"       # at the end of a socket
+    peer = environ.get("REMOTE_ADDR") or "localhost"       # at the end of a socket
     if peer == trusted_proxy or trusted_proxy == "localhost" and peer in LOOPBACK:
         last = environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2]
         with contextlib.suppress(ValueError):
@@ -562,7 +562,7 @@ def presented_secret(environ: Row) -> bytes | None:
 
     One that is repeated is joined, as servers join headers, with what is in no secret.
     """
-    header: str | None = environ.get("HTTP_X_MOBIEUS_INBOUND_SECRET")
+    header = environ.get("HTTP_X_MOBIEUS_INBOUND_SECRET")
     if header is not None:
         return header.encode("latin-1")     # PEP 3333
     query = query_of(environ)
@@ -594,7 +594,7 @@ def body_of(environ: Row) -> bytes:
     is_open_ended = not length and environ.get("wsgi.input_terminated")
     most = MAX_BODY + 1 if is_open_ended else min(length, MAX_BODY + 1)
     try:
-        body: bytes = environ["wsgi.input"].read(most)
+        body = environ["wsgi.input"].read(most)
     except OSError as error:    # who hung up is told so by other servers than waitress
         raise Refused(400, f"the body cannot be read: {error}")
     if len(body) > MAX_BODY:
@@ -2353,7 +2353,7 @@ def version_of(db: DB, path: str) -> int:
             FROM sqlite_schema)""", [APPLICATION_ID, SCHEMA_VERSION]).fetchone()
     if found["fault"]:
         raise Refused(503, f"{path!r} {found['fault']}")
-    return int(found["version"])
+    return found["version"]
 
 
 def new_file(db: DB) -> None:
@@ -2559,14 +2559,13 @@ def date_of(message: Message, now: int) -> int:
 def open_ticket(db: DB, now: int, account: Row, message: Message, kind: str) -> Row:
     """Insert a ticket; automatic replies and bounces go to the queue `Automatic`."""
     letters = "".join(CROCKFORD[byte % 32] for byte in secrets.token_bytes(8))
-    ticket: Row = db.execute("""INSERT INTO ticket (reference, queue, email_account,
-        subject, requester, requester_name, created_at, updated_at)
+    return db.execute("""INSERT INTO ticket (reference, queue, email_account, subject,
+        requester, requester_name, created_at, updated_at)
         VALUES (:reference, iif(:kind IN ('auto-reply', 'bounce'),
             (SELECT id FROM queue WHERE name = 'Automatic'), :queue), :id, :subject,
             :from_address, :from_name, :now, :now) RETURNING *""", {
-        **account, **vars(message), "reference": f"T-{letters[:4]}-{letters[4:]}",
-        "kind": kind, "now": now}).fetchone()
-    return ticket
+                **account, **vars(message), "kind": kind, "now": now,
+                "reference": f"T-{letters[:4]}-{letters[4:]}"}).fetchone()
 
 
 CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
@@ -2755,10 +2754,9 @@ def sent_lately(db: DB, now: int, purpose: str, to: Any, column: str = "mailbox"
 
     Until now: what a clock that was wrong dated into the future does not count.
     """
-    row = db.execute(f"""SELECT count(*) AS n FROM outbox WHERE {column} = ?
+    return db.execute(f"""SELECT count(*) AS n FROM outbox WHERE {column} = ?
         AND purpose = ? AND created_at BETWEEN ? AND ?""", [
-            to, purpose, now - seconds + 1, now]).fetchone()
-    return int(row["n"])
+            to, purpose, now - seconds + 1, now]).fetchone()["n"]
 
 
 def domain_key(mailbox: str) -> str:
