@@ -2742,8 +2742,8 @@ def reason_to_withhold(db: DB, now: int, post: Post, message: Message,
     counted = {"mailbox": mailbox, "domain": domain_key(mailbox),
                "email_account": post.account["id"]}
     for cap, seconds, column in CAPS:
-        sent = sent_lately(db, now, purpose, counted[column], column, seconds)
-        if sent >= post.account[cap] and counted[column] not in LARGE_PROVIDERS:
+        if counted[column] not in LARGE_PROVIDERS and sent_lately(
+                db, now, purpose, counted[column], column, seconds) >= post.account[cap]:
             return f"the cap {cap} is reached"
     return ""
 
