@@ -1299,9 +1299,8 @@ def mail_of(provider: Provider, post: Any) -> Mail:
         mail["attachments"] = [
             file for files in listed for file in items_of(json_in(files) or files)
             if isinstance(file, dict)]
-        mail |= {
-            name: at(post, path) for name, path in provider.fields.items()
-            if name in CANONICAL}
+        mail |= {name: at(post, path) for name, path in provider.fields.items()
+                 if name in CANONICAL}
         if provider.mend:
             provider.mend(post, mail)
         if provider.place is not None and not any(mail.values()):
@@ -2914,9 +2913,8 @@ def file_for_team(db: DB, now: int, post: Post, filing: Filing, ticket: Row | No
     try:
         if ticket and is_answer(db, filing, ticket, is_staff):
             return file_answer(db, now, post, ticket, message)
-        _, _, domain = account["address"].lower().rpartition("@")
-        domains = {each.rpartition("@")[2] for each in our_ids(message)}
-        if not ticket and is_staff and domain in domains:
+        end = "@" + account["address"].lower().rpartition("@")[2]
+        if not ticket and is_staff and any(each.endswith(end) for each in our_ids(message)):
             raise Refused(404, "the ticket that it answers is not kept any more")
         if is_staff:
             message.notes.append("its From is the team's, but it answers no notice")
@@ -2924,8 +2922,7 @@ def file_for_team(db: DB, now: int, post: Post, filing: Filing, ticket: Row | No
         refusal = error.reason
         message.notes.append(f"not sent on as an answer: {refusal}")
     withheld = filing.withheld or refusal
-    answer = file_mail(
-        db, now, post, replace(filing, withheld=withheld), ticket, found)
+    answer = file_mail(db, now, post, replace(filing, withheld=withheld), ticket, found)
     ticket = db.execute("""SELECT ticket.*, name FROM ticket JOIN queue ON queue.id = queue
         WHERE reference = ?""", [answer["ticket"]]).fetchone()
     # From of staff is no stranger's, even where it may be forged: they want to know.
@@ -4161,7 +4158,7 @@ def erase(db: DB, now: int, address: str) -> Row:
 # -----------------------------------------------------------------------------------------
 # Command line: parsing and printing. Nothing that is printed drives a terminal.
 
-EACH_VERB: tuple[Callable[..., Any], ...] = (
+EACH_VERB: tuple[Any, ...] = (
     serve, secret_show, secret_set, secret_rotate, account_list, account_show, account_add,
     account_set, tickets, show, attachment, reply, close, reopen, relay, outbox_list,
     outbox_show, outbox_send, outbox_retry, rejected_list, rejected_show, rejected_replay,
@@ -4196,7 +4193,7 @@ def main(argv: list[str] | None = None, clock: Callable[[], float] = time.time) 
     return 0
 
 
-def parse(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+def parse(argv: list[str]) -> tuple[Row, list[str]]:
     """(options as they were given, words) of a command line."""
     usages = " ".join(map(usage_of, VERBS.values()))
     valued = [f"{name}=" for name in re.findall("--([a-z-]+) ", f"--db {usages}")]
@@ -4207,12 +4204,12 @@ def parse(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     return {name.lstrip("-"): value for name, value in given}, words
 
 
-def usage_of(function: Callable[..., Any]) -> str:
+def usage_of(function: Any) -> str:
     """The first paragraph of its docstring, in one line."""
     return " ".join((function.__doc__ or "").partition("\n\n")[0].split())
 
 
-def run_verb(given: dict[str, str], words: list[str], clock: Callable[[], float]) -> None:
+def run_verb(given: Row, words: list[str], clock: Callable[[], float]) -> None:
     """Call the verb and print what it returns."""
     name, words = verb_of(words)
     function = VERBS[name]
@@ -4247,12 +4244,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}" if found else ""
 
 
-def options_of(function: Any, given: dict[str, str], words: list[str]) -> Row:
+def options_of(function: Any, given: Row, words: list[str]) -> Row:
     """The options as the function takes them; Usage if it does not, or not these words."""
     strange = given.keys() - re.findall("--([a-z-]+)", usage_of(function))
     if strange:
         raise Usage(f"--{min(strange)} means nothing here")
-    options: Row = {name.replace("-", "_"): given[name] for name in given if name != "json"}
+    options = {name.replace("-", "_"): given[name] for name in given if name != "json"}
     for name in options.keys() & {"limit", "last"}:
         if not re.fullmatch("[0-9]{1,18}", options[name]):
             raise Usage(f"--{name} is a number")
