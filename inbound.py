@@ -627,9 +627,6 @@ JSON_MARK = re.compile(r'\\.|["\[\]{},]', re.S)
 CLOSERS = {"[": "]", "{": "}"}
 
 
-OwnProviders = Callable[[], list[tuple[str, Row]]]
-
-
 class Fields(Row):
     """The fields of a body; only what was a JSON object may be the canonical body."""
 
@@ -637,7 +634,7 @@ class Fields(Row):
     cut = ""                    # which bound of the budget it went past
 
 
-def read(post: Post, own_providers: OwnProviders) -> Reading:
+def read(post: Post, own_providers: Callable[[], Any]) -> Reading:
     """Tell what a post carries; `own_providers` returns the rows of that table.
 
     Refused 400: not decodable, 415: no type that mail comes in, 422: no mail in it, and
@@ -1221,7 +1218,7 @@ PROVIDERS = (
 )
 
 
-def provider_of(fields: Fields, own_providers: OwnProviders) -> Provider | None:
+def provider_of(fields: Fields, own_providers: Callable[[], Any]) -> Provider | None:
     """Whose post this is: ours are asked first, then the rows of the table."""
     for provider in PROVIDERS:
         keys = provider.keys.split()
@@ -2296,7 +2293,7 @@ class Replica(http.client.HTTPConnection):
                 ValueError, TypeError, LookupError) as error:
             words = words or repr(error)
         self.close()
-        why = printable(str(at(json_in(words), "error", words)))[:200]
+        why = printable(str(at(words, "error", words)))[:200]
         return f"stored, but not on the replica; send it again: {why}"
 
 
@@ -3318,7 +3315,8 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080",
     except (OSError, ValueError) as error:
         raise Refused(503, f"cannot listen on {listen!r}: {error}")
     server.adj.send_bytes = 2**12       # an answer goes out whole, not its headers first
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))   # what is in flight ends
+    for number in (signal.SIGTERM, signal.SIGINT):  # SystemExit: what is in flight ends
+        signal.signal(number, lambda *_: sys.exit(0))
     stopping = threading.Event()
     courier = threading.Thread(target=run_courier, args=(store, stopping), daemon=True)
     try:
