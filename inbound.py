@@ -657,9 +657,8 @@ def read(post: Post, own_providers: Callable[[], Any]) -> Reading:
         provider = CANONICAL_BODY
     members = members_of(provider, fields) if provider.batch else [fields]
     return Reading(
-        provider.name, members, to_mail=functools.partial(mail_of, provider),
-        is_batch=bool(provider.batch), notice=f"{provider.name} posted no mail",
-        cut=fields.cut)
+        provider.name, members, functools.partial(mail_of, provider), cut=fields.cut,
+        is_batch=bool(provider.batch), notice=f"{provider.name} posted no mail")
 
 
 def fields_of(content_type: str, body: bytes) -> Fields | bytes:
@@ -879,9 +878,7 @@ def mail_of_mime(content: bytes) -> Mail:
     charset = texts[0].get_content_charset() if texts else None
     mail: Mail = {
         "headers": [[name, header_text(value, charset)] for name, value in raw_headers],
-        "text": "\n".join(text),
-        "html": "\n".join(markup),
-        "attachments": attachments}
+        "text": "\n".join(text), "html": "\n".join(markup), "attachments": attachments}
     if reader.cut:
         mail["whole"] = (reader.cut, "message.eml", "message/rfc822", content)
     return mail
@@ -974,10 +971,8 @@ def content_headers(headers: Headers) -> email.message.Message:
 def file_of(fields: email.message.Message, content: Any) -> Row:
     """An attachment, as `attachments` holds it, of a part with these headers."""
     return {
-        "filename": fields.get_filename(),
-        "type": fields.get_content_type(),
-        "cid": fields.get("Content-ID"),
-        "content": content}
+        "filename": fields.get_filename(), "type": fields.get_content_type(),
+        "cid": fields.get("Content-ID"), "content": content}
 
 
 def header_text(value: str, charset: str | None) -> str:
@@ -1611,9 +1606,8 @@ def one_line(text: str) -> str:
 def decoded_words(run: re.Match[str]) -> str:
     """Decode a run of RFC 2047 encoded-words; what is broken stays as it is."""
     with contextlib.suppress(ValueError, email.errors.MessageError):
-        return "".join(
-            word if isinstance(word, str) else decode(word, charset)
-            for word, charset in email.header.decode_header(run[0]))
+        return "".join(word if isinstance(word, str) else decode(word, charset)
+                       for word, charset in email.header.decode_header(run[0]))
     return run[0]
 
 
@@ -2493,14 +2487,12 @@ def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
         ORDER BY digest = ? DESC, direction DESC LIMIT 1""", [
             account["id"], message.message_id, message.digest]).fetchone()
     if known and known["digest"] == message.digest:
-        return {
-            "status": "duplicate", "ticket": known["reference"],
-            "message": known["message"], "kind": known["kind"] or "human",
-            "confirmation": "not due", "reason": "stored before"}
+        return {"status": "duplicate", "ticket": known["reference"],
+                "message": known["message"], "kind": known["kind"] or "human",
+                "confirmation": "not due", "reason": "stored before"}
     ours = known if known and known["direction"] == "out" else None
     if account["staff"] and not known:      # a notice, or an answer as it went out
-        ours = db.execute(
-            THREAD[1], [[[message.message_id]], account["id"], ""]).fetchone()
+        ours = db.execute(THREAD[1], [[[message.message_id]], account["id"], ""]).fetchone()
     if ours:
         found = "it bears the Message-ID of a mail of ours"
         message.notes.append(found)
@@ -2590,10 +2582,9 @@ def insert_message(db: DB, now: int, ticket: Row, message: Message, reason: str,
     columns = vars(message) | {"in_reply_to": " ".join(message.in_reply_to) or None}
     for name in ("attachments", "from_count", "verdict", "content"):
         del columns[name]
-    row = insert(
-        db, "message", ticket=ticket["id"], email_account=ticket["email_account"],
-        direction="in" if kind else "out", kind=kind, reason=reason,
-        confirmation=confirmation, received_at=now, **columns)
+    row = insert(db, "message", ticket=ticket["id"], email_account=ticket["email_account"],
+                 direction="in" if kind else "out", kind=kind, reason=reason,
+                 confirmation=confirmation, received_at=now, **columns)
     for item in message.attachments:
         columns = vars(item) | {"sha256": item.sha256}
         insert(db, "attachment", message=row, size=len(item.content or b""), **columns)
@@ -3029,9 +3020,8 @@ def draft_answer(db: DB, now: int, account: Row, ticket: Row, to: str, text: str
     if mailbox_key(parent["from_address"]) == mailbox_key(to):
         ancestors = json.loads(parent["references"]) + ancestors
     subject = re.sub(r"^(?:re:\s*)+", "", ticket["subject"], flags=re.I)[:200]
-    return draft_mail(
-        account, now, to, {}, text=text, files=files, ancestors=ancestors,
-        subject=f"[{ticket['reference']}] Re: {subject}")
+    return draft_mail(account, now, to, {}, text=text, files=files, ancestors=ancestors,
+                      subject=f"[{ticket['reference']}] Re: {subject}")
 
 
 def send_reply(db: DB, now: int, account: Row, ticket: Row, to: str, text: str) -> Message:
