@@ -3311,9 +3311,10 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080",
     courier = threading.Thread(target=run_courier, args=(store, stopping), daemon=True)
     try:
         # It listens before it opens: a taken port shall not use up the greeting.
-        greet(store.open(), listen, server, store.accounts()[0]["inbound_secret"])
+        greeting = GREETING if store.open() else LISTENING
         start_log(store.path)
         courier.start()
+        greet(greeting, listen, server, store.accounts()[0]["inbound_secret"])
         notify("READY=1")
         server.run()
     finally:
@@ -3350,13 +3351,12 @@ def place_of(listen: str) -> Row:
     raise OSError("another server listens there")
 
 
-def greet(is_new: bool, listen: str, server: Any, secret: str) -> None:
-    """Print where mail is posted to, as arguments of curl; of a new database its secret."""
+def greet(greeting: str, listen: str, server: Any, secret: str) -> None:
+    """Print where mail is posted to, as arguments of curl."""
     port = getattr(server, "effective_port", None) or server.effective_listen[0][1]
     at, host = "", f"{listen.rpartition(':')[0]}:{port}"
     if listen.startswith("unix:"):
         at, host = f"--unix-socket {shlex.quote(listen[5:])} ", "localhost"
-    greeting = GREETING if is_new else LISTENING
     print(greeting.format(at=at, url=f"http://{host}{ENDPOINT}", secret=secret,
                           id=secrets.token_hex(8)), flush=True)
 
