@@ -66,7 +66,6 @@ import http.client
 import inspect
 import io
 import ipaddress
-import itertools
 import json
 import logging
 import os
@@ -224,6 +223,7 @@ class Message:
     attachments: list[Attachment] = field(default_factory=list)
     from_count: int = 1                 # mailboxes that From names; 0 = another stands in
     verdict: str = ""                   # the provider's word on spam
+    content: bytes = b""                # what goes out, of a mail of ours
 
 
 @dataclass(frozen=True)
@@ -235,8 +235,6 @@ class Filing:
     reason: str                         # why this kind
     withheld: str = ""                  # why it is not to be confirmed; "" = it may be
 
-
-Draft = tuple[Message, bytes]           # a mail of ours: its row, and the bytes that go out
 
 
 # -----------------------------------------------------------------------------------------
@@ -358,7 +356,7 @@ def client_of(environ: Row, trusted_proxy: str) -> str:
     Only what the proxy itself added counts, the last of X-Forwarded-For, and only an
     address. We do not leave it to waitress, which refuses a request for a broken one.
     """
-    peer: str = environ.get("REMOTE_ADDR") or "localhost"       # at the end of a socket
+    peer = environ.get("REMOTE_ADDR") or "localhost"       # at the end of a socket
     if peer == trusted_proxy or trusted_proxy == "localhost" and peer in LOOPBACK:
         last = environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2]
         with contextlib.suppress(ValueError):
@@ -436,15 +434,10 @@ def receive(store: Store, post: Post) -> Steps:
             yield keep, safe(post), refusal.status, reason
         raise Refused(refusal.status, reason, {
             name: starred(post.account, fault)
-            for name, fault in refusal.fields.items()}) from None
+            for name, fault in refusal.fields.items()})
     except Exception as error:
         filings = [fault_of(error, post, reading.provider)]
-    try:
-        answers = yield file_post, post, filings
-    except Refused:
-        raise
-    except Exception as error:      # undone; now it is kept
-        answers = yield file_post, post, [fault_of(error, post, "filing")]
+    answers = yield file_post, post, filings
     if len(post.body) > HEAVY:
         store.let_go()
     if not answers:
@@ -460,14 +453,13 @@ def receive(store: Store, post: Post) -> Steps:
 @contextlib.contextmanager
 def one_heavy_at_a_time(body: bytes) -> Iterator[None]:
     """Let one large post be understood while others wait; Refused 503 after HEAVY_WAIT."""
-    is_heavy = len(body) > HEAVY
-    if is_heavy and not HEAVY_LOCK.acquire(timeout=HEAVY_WAIT):
+    lock = HEAVY_LOCK if len(body) > HEAVY else threading.Lock()
+    if not lock.acquire(timeout=HEAVY_WAIT):
         raise Refused(503, "too many large messages at once: send it again")
     try:
         yield
     finally:
-        if is_heavy:
-            HEAVY_LOCK.release()
+        lock.release()
 
 
 def understand(reading: Reading, member: Any, post: Post) -> Filing | str:
@@ -477,8 +469,7 @@ def understand(reading: Reading, member: Any, post: Post) -> Filing | str:
         if reading.cut and member is reading.members[-1]:   # what is missing is at the end
             kept = safe(post)
             mail["whole"] = (reading.cut, "post", kept.content_type, kept.body)
-        message = normalise(mail, is_strict=reading.provider == "canonical")
-        return Filing(message, *classify(message, post))
+        return classify(normalise(mail, is_strict=reading.provider == "canonical"), post)
     except Exception as error:
         if isinstance(error, Refused) and not reading.is_batch:
             raise
@@ -533,17 +524,14 @@ TROUBLES = """
 # The secrets of all accounts are compared, always, so that the time tells nothing. Of a
 # stranger's post nothing but header lines is looked at.
 
-SECRETS = """
-    SELECT *, inbound_secret AS secret FROM email_account UNION ALL
-    SELECT *, previous_secret FROM email_account WHERE previous_secret_until > ?"""
-
-
 def authenticate(store: Store, environ: Row) -> tuple[Post, bool]:
     """Return the post, and whether its secret was in the body.
 
     Refused 503 while no account has a secret (so that providers keep the mail), else 401.
     """
-    accounts = store.rows(SECRETS, [store.now()])
+    accounts = store.rows("""SELECT *, inbound_secret AS secret FROM email_account
+        UNION ALL SELECT *, previous_secret FROM email_account
+        WHERE previous_secret_until > ?""", [store.now()])
     known = [account for account in accounts if account["secret"]]
     if not known:
         raise Refused(503, "no secret is set yet: run `inbound secret rotate`")
@@ -574,7 +562,7 @@ def presented_secret(environ: Row) -> bytes | None:
 
     One that is repeated is joined, as servers join headers, with what is in no secret.
     """
-    header: str | None = environ.get("HTTP_X_MOBIEUS_INBOUND_SECRET")
+    header = environ.get("HTTP_X_MOBIEUS_INBOUND_SECRET")
     if header is not None:
         return header.encode("latin-1")     # PEP 3333
     query = query_of(environ)
@@ -606,9 +594,9 @@ def body_of(environ: Row) -> bytes:
     is_open_ended = not length and environ.get("wsgi.input_terminated")
     most = MAX_BODY + 1 if is_open_ended else min(length, MAX_BODY + 1)
     try:
-        body: bytes = environ["wsgi.input"].read(most)
+        body = environ["wsgi.input"].read(most)
     except OSError as error:    # who hung up is told so by other servers than waitress
-        raise Refused(400, f"the body cannot be read: {error}") from None
+        raise Refused(400, f"the body cannot be read: {error}")
     if len(body) > MAX_BODY:
         raise Refused(413, f"the body is larger than {MAX_BODY} bytes")
     if len(body) < length:
@@ -639,9 +627,6 @@ JSON_MARK = re.compile(r'\\.|["\[\]{},]', re.S)
 CLOSERS = {"[": "]", "{": "}"}
 
 
-OwnProviders = Callable[[], list[tuple[str, Row]]]
-
-
 class Fields(Row):
     """The fields of a body; only what was a JSON object may be the canonical body."""
 
@@ -649,7 +634,7 @@ class Fields(Row):
     cut = ""                    # which bound of the budget it went past
 
 
-def read(post: Post, own_providers: OwnProviders) -> Reading:
+def read(post: Post, own_providers: Callable[[], Any]) -> Reading:
     """Tell what a post carries; `own_providers` returns the rows of that table.
 
     Refused 400: not decodable, 415: no type that mail comes in, 422: no mail in it, and
@@ -672,9 +657,8 @@ def read(post: Post, own_providers: OwnProviders) -> Reading:
         provider = CANONICAL_BODY
     members = members_of(provider, fields) if provider.batch else [fields]
     return Reading(
-        provider.name, members, to_mail=functools.partial(mail_of, provider),
-        is_batch=bool(provider.batch), notice=f"{provider.name} posted no mail",
-        cut=fields.cut)
+        provider.name, members, functools.partial(mail_of, provider), cut=fields.cut,
+        is_batch=bool(provider.batch), notice=f"{provider.name} posted no mail")
 
 
 def fields_of(content_type: str, body: bytes) -> Fields | bytes:
@@ -778,7 +762,7 @@ def parse_json(body: bytes) -> Fields:
         value = json.loads(within, parse_constant=int)      # int("NaN") raises
     except (ValueError, RecursionError) as error:       # UnicodeDecodeError is the former
         reason = printable(str(error))[:200]
-        raise Refused(400, f"the body is not JSON in UTF-8: {reason}") from None
+        raise Refused(400, f"the body is not JSON in UTF-8: {reason}")
     is_object = isinstance(value, dict)
     if is_object and "TopicArn" in value:       # SNS: what was published is inside
         value = json_in(value.get("Message")) or value
@@ -849,8 +833,7 @@ def at(value: Any, path: Any, missing: Any = None) -> Any:
 def items_of(value: Any) -> list[Any]:
     """A list, what stands for one (a form's `a[0]`, Mandrill's by name), or one value."""
     if isinstance(value, dict) and all(
-            key.isdigit() or isinstance(value[key], dict)
-            for key in value):
+            key.isdigit() or isinstance(value[key], dict) for key in value):
         return [*value.values()]
     if isinstance(value, list):
         return value
@@ -881,8 +864,7 @@ def mail_of_mime(content: bytes) -> Mail:
               if SHOWN.fullmatch(fields.get_content_type())
               and fields.get_content_disposition() != "attachment"]
     # RFC 2183 2.1: inline is shown; a named one when there is no other.
-    unnamed = [fields for fields in inline if fields.get_filename() is None]
-    texts = unnamed or inline
+    texts = [fields for fields in inline if fields.get_filename() is None] or inline
     text: list[str] = []
     markup: list[str] = []
     attachments = []
@@ -896,9 +878,7 @@ def mail_of_mime(content: bytes) -> Mail:
     charset = texts[0].get_content_charset() if texts else None
     mail: Mail = {
         "headers": [[name, header_text(value, charset)] for name, value in raw_headers],
-        "text": "\n".join(text),
-        "html": "\n".join(markup),
-        "attachments": attachments}
+        "text": "\n".join(text), "html": "\n".join(markup), "attachments": attachments}
     if reader.cut:
         mail["whole"] = (reader.cut, "message.eml", "message/rfc822", content)
     return mail
@@ -991,10 +971,8 @@ def content_headers(headers: Headers) -> email.message.Message:
 def file_of(fields: email.message.Message, content: Any) -> Row:
     """An attachment, as `attachments` holds it, of a part with these headers."""
     return {
-        "filename": fields.get_filename(),
-        "type": fields.get_content_type(),
-        "cid": fields.get("Content-ID"),
-        "content": content}
+        "filename": fields.get_filename(), "type": fields.get_content_type(),
+        "cid": fields.get("Content-ID"), "content": content}
 
 
 def header_text(value: str, charset: str | None) -> str:
@@ -1075,15 +1053,11 @@ class Provider:
     fields: Row = field(default_factory=dict)           # canonical name → path, if another
 
 
-def squeezed(name: str) -> str:
-    return re.sub("[^a-z0-9]", "", name.lower())
-
-
 def spelled(value: Any) -> Row:
-    """An object by its squeezed names; what is no object has none."""
+    """An object by its names in lower case, without punctuation; none for another value."""
     if not isinstance(value, dict):
         return {}
-    return {squeezed(name): value[name] for name in value}
+    return {re.sub("[^a-z0-9]", "", name.lower()): value[name] for name in value}
 
 
 def mend_files(post: Row, mail: Mail) -> None:
@@ -1239,7 +1213,7 @@ PROVIDERS = (
 )
 
 
-def provider_of(fields: Fields, own_providers: OwnProviders) -> Provider | None:
+def provider_of(fields: Fields, own_providers: Callable[[], Any]) -> Provider | None:
     """Whose post this is: ours are asked first, then the rows of the table."""
     for provider in PROVIDERS:
         keys = provider.keys.split()
@@ -1313,14 +1287,12 @@ def mail_of(provider: Provider, post: Any) -> Mail:
         mail = mail_of_mime(raw)
     else:
         mail = {name: at(known, paths) for name, paths in SPELLINGS.items() if known}
-        listed = [at(known, name) for name in FILES if known]
+        listed = [at(known, name) for name in FILES]
         mail["attachments"] = [
-            file for files in listed
-            for file in items_of(json_in(files) or files)
+            file for files in listed for file in items_of(json_in(files) or files)
             if isinstance(file, dict)]
-        mail |= {
-            name: at(post, path) for name, path in provider.fields.items()
-            if name in CANONICAL}
+        mail |= {name: at(post, path) for name, path in provider.fields.items()
+                 if name in CANONICAL}
         if provider.mend:
             provider.mend(post, mail)
         if provider.place is not None and not any(mail.values()):
@@ -1400,11 +1372,10 @@ def normalise(mail: Mail, is_strict: bool) -> Message:
         message_id=message_id, digest=digest,
         in_reply_to=ids_of(fields["in_reply_to"] or header_values(headers, "in-reply-to")),
         references=ids_of(fields["references"] or header_values(headers, "references")),
-        from_address=address, from_count=from_count,
+        from_address=address, from_count=from_count, envelope_from=envelope_from,
         from_name=one_line(fields["from_name"]) or name,
-        envelope_from=envelope_from,
-        to=addresses_of(fields["to"]),
-        cc=addresses_of(fields["cc"]),
+        to=[address for _, address in mailboxes_of(fields["to"])],
+        cc=[address for _, address in mailboxes_of(fields["cc"])],
         subject=subject, text=text, html=markup or None,
         headers=headers, notes=notes, attachments=attachments,
         verdict=str(mail.get("verdict") or "")[:500])
@@ -1457,7 +1428,7 @@ def raw_headers_of(value: Any, faults: Faults) -> Headers:
         # CloudMailin writes message_id; beside a hyphen `_` is the sender's own.
         dash = "_" if "-" in "".join(value) else "-"
         value = [[name.replace("_", dash), value[name]]
-                 for name in itertools.islice(value, MAX_HEADER_LINES + 1)]
+                 for name in [*value][:MAX_HEADER_LINES + 1]]
     headers = []
     for item in items_of(value):
         name, content = header_pair(item)
@@ -1550,10 +1521,6 @@ def mailboxes_of(value: Any) -> list[tuple[str, str]]:
     return mailboxes
 
 
-def addresses_of(value: Any) -> list[str]:
-    """The addresses of To or Cc, for display."""
-    return [address for _, address in mailboxes_of(value)]
-
 
 def message_id_of(written: str, digest: str, headers: Headers, faults: Faults) -> str:
     """The Message-ID, of any length, with brackets; made of the content where it lacks."""
@@ -1575,9 +1542,8 @@ def ids_of(value: Any) -> list[str]:
         return []
     text = " ".join(text for text in items_of(value) if isinstance(text, str))
     text = clean(text).replace("&lt;", "<").replace("&gt;", ">")
-    ids = dict.fromkeys(
-        "".join(bracketed.split()) or bare
-        for bracketed, bare in MESSAGE_IDS.findall(text))
+    ids = dict.fromkeys("".join(bracketed.split()) or bare
+                        for bracketed, bare in MESSAGE_IDS.findall(text))
     known = [f"<{each}>" for each in ids if each]
     return known[:FIRST_REFERENCES] + known[FIRST_REFERENCES:][-LAST_REFERENCES:]
 
@@ -1585,11 +1551,8 @@ def ids_of(value: Any) -> list[str]:
 def attachment_of(posted: Any) -> Attachment:
     """The attachment of an object, whatever its provider calls its fields."""
     item = spelled(posted)
-    name, kind, content_id = (
-        one_line(str(at(item, names) or "")) for names in (
-            ("filename", "name"),
-            ("contenttype", "mimetype", "type"),
-            ("contentid", "cid")))
+    name, kind, content_id = (one_line(str(at(item, names) or "")) for names in (
+        ("filename", "name"), ("contenttype", "mimetype", "type"), ("contentid", "cid")))
     content = None
     with contextlib.suppress(ValueError, TypeError, KeyError):
         content = content_in(item)
@@ -1643,9 +1606,8 @@ def one_line(text: str) -> str:
 def decoded_words(run: re.Match[str]) -> str:
     """Decode a run of RFC 2047 encoded-words; what is broken stays as it is."""
     with contextlib.suppress(ValueError, email.errors.MessageError):
-        return "".join(
-            word if isinstance(word, str) else decode(word, charset)
-            for word, charset in email.header.decode_header(run[0]))
+        return "".join(word if isinstance(word, str) else decode(word, charset)
+                       for word, charset in email.header.decode_header(run[0]))
     return run[0]
 
 
@@ -1759,7 +1721,7 @@ class Evidence:
 
 
 Test = Callable[[Evidence], object]
-Sign = tuple[str, Test, str]        # kind, whether it holds, reason with the source
+
 
 
 def keyword(value: str) -> str:
@@ -1848,7 +1810,8 @@ def is_exchange_vacation(mail: Evidence) -> object:
     return is_silent and not is_redirected and is_of_rules_agent(mail)
 
 
-SIGNS: tuple[Sign, ...] = (
+# Kind, whether it holds, reason with the source.
+SIGNS: tuple[tuple[str, Test, str], ...] = (
     ("bounce", has("content-type", "multipart/report.*delivery-status.*", str),
      "a delivery status report (RFC 3464 2)"),
     ("bounce", has("content-type", "multipart/report.*feedback-report.*", str),
@@ -1864,13 +1827,13 @@ SIGNS: tuple[Sign, ...] = (
      "Auto-Submitted (RFC 3834 5.2)"),
     ("auto-reply", has(
         "x-autoreply x-auto-reply x-autorespond x-autoresponder x-autoresponse "
-        "x-autoreply-from x-mail-autoreply x-vacation", "(?!(?:no|false|0)$).+"),
+        "x-autoreply-from x-mail-autoreply x-vacation x-fc-machinegenerated",
+        "(?!(?:no|false|0)$).+"),
      "an autoresponder's own header"),
     ("auto-reply", has("precedence x-precedence preference", "auto_reply"),
      "Precedence: auto_reply"),
     ("auto-reply", has("x-autogenerated", "reply"), "X-Autogenerated: reply (Communigate)"),
-    ("auto-reply", has("x-fc-machinegenerated", "true"),
-     "X-FC-MachineGenerated (FirstClass)"),
+
     ("auto-reply", has("x-post-messageclass", r"9\b.*|.*autoresponder.*", str),
      "X-POST-MessageClass (Mailtraq)"),
     ("auto-reply", has("delivered-to", "autoresponder"),
@@ -1935,14 +1898,14 @@ SIGNS: tuple[Sign, ...] = (
     ("human", lambda mail: True, ""))
 
 
-def classify(message: Message, post: Post) -> tuple[str, str, str]:
-    """Return (kind, reason, why it is not to be confirmed or ""), the latter in words."""
+def classify(message: Message, post: Post) -> Filing:
+    """The message with its kind, and why it has that and is or is not to be confirmed."""
     mail = Evidence(message)
     take_off_stamps(mail, post)
     kind, _, reason = next(sign for sign in SIGNS if sign[1](mail))
     if kind == "human":
-        return kind, "no sign of automatic mail", reason
-    return kind, reason, f"never for {kind} mail (RFC 3834 2)"
+        return Filing(message, kind, "no sign of automatic mail", reason)
+    return Filing(message, kind, reason, f"never for {kind} mail (RFC 3834 2)")
 
 
 # name → word that is taken off; "" = whatever it says.
@@ -1960,8 +1923,7 @@ def take_off_stamps(mail: Evidence, post: Post) -> None:
 
     Through them every customer's mail has a List-Id or an Auto-Submitted.
     """
-    trusted = post.account["trusted_forwarders"] or ""      # addresses between commas
-    forwarders = set(re.findall(r"[^\s,]+", trusted.lower()))
+    forwarders = {*ADDRESSES((post.account["trusted_forwarders"] or "").lower())}
     ours = forwarders.union(map(str.lower, post.own_addresses))
     ours |= {address.replace("@", ".") for address in ours}     # <help.example.org>
     if mail.envelope_from in forwarders or names_one_of(mail, FORWARDER_MARKS, forwarders):
@@ -2129,11 +2091,11 @@ class Store:
                     raise Refused(503, f"no database at {self.path!r}: `inbound serve` "
                                        "makes one; --db FILE or $INBOUND_DB names another")
                 # Before SQLite does, so that its -wal and -shm get the same mode.
-                os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
+                Path(self.path).touch(0o600)
             with contextlib.closing(self._connect()) as db:
                 was_made = migrate(db, self.path)
         except (OSError, sqlite3.Error) as error:
-            raise Refused(503, f"cannot open the database {self.path!r}: {error}") from None
+            raise Refused(503, f"cannot open the database {self.path!r}: {error}")
         self._was_open = True
         return was_made
 
@@ -2162,7 +2124,7 @@ class Store:
             self.blind_since = 0.0
             return found
         except sqlite3.Error as error:
-            raise Refused(503, f"the database cannot be read: {error}") from None
+            raise Refused(503, f"the database cannot be read: {error}")
         finally:
             self._reader_lock.release()
 
@@ -2325,7 +2287,7 @@ class Replica(http.client.HTTPConnection):
                 ValueError, TypeError, LookupError) as error:
             words = words or repr(error)
         self.close()
-        why = printable(str(at(json_in(words), "error", words)))[:200]
+        why = printable(str(at(words, "error", words)))[:200]
         return f"stored, but not on the replica; send it again: {why}"
 
 
@@ -2342,14 +2304,14 @@ def in_savepoint(db: DB, work: Work, *args: Any) -> Any:
     """Run `work(db, *args)`; undo it alone if it raises."""
     db.execute("SAVEPOINT alone")
     try:
-        result = work(db, *args)
+        return work(db, *args)
     except Exception:
         if db.in_transaction:
             db.execute("ROLLBACK TO alone")
-            db.execute("RELEASE alone")
         raise
-    db.execute("RELEASE alone")
-    return result
+    finally:
+        if db.in_transaction:       # which a full disk ends
+            db.execute("RELEASE alone")
 
 
 def migrate(db: DB, path: str) -> bool:
@@ -2368,22 +2330,20 @@ def migrate(db: DB, path: str) -> bool:
 
 def version_of(db: DB, path: str) -> int:
     """The version of a file, 0 when it is empty; Refused when no step leads on from it."""
-    found = db.execute(WHOSE_FILE, [APPLICATION_ID, SCHEMA_VERSION]).fetchone()
-    if found["fault"]:
-        raise Refused(503, f"{path!r} {found['fault']}")
-    return int(found["version"])
-
-
-# Of what calls itself version 1 only the released one has this view.
-WHOSE_FILE = """
-    SELECT iif(size, user_version, 0) AS version, CASE WHEN NOT size THEN ''
+    # Of what calls itself version 1 only the released one has this view.
+    found = db.execute("""SELECT iif(size, user_version, 0) AS version,
+        CASE WHEN NOT size THEN ''
         WHEN application_id <> ? THEN 'is the database of another program'
         WHEN user_version > ?
             THEN 'has the newer schema version ' || user_version || ': update inbound'
         WHEN user_version < 1 OR user_version = 1 AND NOT view
             THEN 'comes from no released version of inbound' ELSE '' END AS fault
-    FROM pragma_application_id, pragma_user_version,
-        (SELECT count(*) AS size, sum(name = 'valid_secret') AS view FROM sqlite_schema)"""
+        FROM pragma_application_id, pragma_user_version, (
+            SELECT count(*) AS size, sum(name = 'valid_secret') AS view
+            FROM sqlite_schema)""", [APPLICATION_ID, SCHEMA_VERSION]).fetchone()
+    if found["fault"]:
+        raise Refused(503, f"{path!r} {found['fault']}")
+    return found["version"]
 
 
 def new_file(db: DB) -> None:
@@ -2408,8 +2368,22 @@ def from_version_1(db: DB) -> None:
     what stands in the file is what schema.sql says. An admin's own signs mean nothing any
     more; they are kept to be read.
     """
-    providers = db.execute(PROVIDERS_OF_VERSION_1).fetchall()
-    carry_over(db, CARRIED, OUT_OF_VERSION_1)
+    # The first 21 were the program's own, as were 42 signs. Two may bear one name.
+    providers = db.execute("""SELECT fields,
+        name || iif(count(*) OVER (PARTITION BY name) > 1, ' ' || id, '') AS name
+        FROM provider WHERE id > 21 AND fields IS NOT NULL""").fetchall()
+    carry_over(db, CARRIED, """
+        CREATE TABLE sign_of_version_1 AS SELECT * FROM sign WHERE id > 42;
+        DROP TABLE provider;
+        DROP TABLE sign;
+        DROP TABLE command;
+        -- What version 2 takes no more.
+        UPDATE queue SET name = 'Queue ' || id WHERE trim(name) = '';
+        UPDATE email_account SET trusted_forwarders = iif(
+            trusted_forwarders LIKE '_%@_%', trusted_forwarders, NULL);
+        UPDATE email_account SET template = template || '{reference}' || char(10)
+        WHERE NOT instr(template, '{reference}');
+        """)
     for row in providers:
         pairs = [word.partition("=") for word in row["fields"].split()]
         fields = {name: path or name for name, _, path in pairs}
@@ -2429,7 +2403,12 @@ def carry_over(db: DB, tables: Iterable[str], mend: str = "") -> None:
             WHERE type <> 'table' AND sql IS NOT NULL""").fetchall():
         # A view's triggers go with it.
         db.execute('DROP {type} IF EXISTS "{name}"'.format(**part))
-    run_script(db, mend + ID_OF_EACH_MAIL)
+    run_script(db, mend + """
+        PRAGMA legacy_alter_table = ON;     -- references keep their tables' names
+        ALTER TABLE outbox ADD COLUMN own_message_id TEXT;
+        UPDATE outbox SET own_message_id = (
+            SELECT message_id FROM message WHERE id = message);
+        """)
     for table in tables:
         db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
     run_script(db, SCHEMA)
@@ -2442,38 +2421,15 @@ def carry_over(db: DB, tables: Iterable[str], mend: str = "") -> None:
         db.execute(f"""INSERT OR REPLACE INTO {table} ({columns})
             SELECT {columns} FROM old_{table}""")
         db.execute(f"DROP TABLE old_{table}")
-    db.execute(WHO_WROTE_LAST)
+    db.execute("""UPDATE ticket SET last_writer = 'team' WHERE 'reply' = (
+        SELECT ifnull(purpose, kind) AS what FROM message
+        LEFT JOIN outbox ON outbox.message = message.id WHERE ticket = ticket.id
+            AND what NOT IN ('confirmation', 'auto-reply', 'bounce')
+        ORDER BY message.id DESC LIMIT 1)""")
 
 
 CARRIED = (
     "queue", "email_account", "ticket", "message", "attachment", "outbox", "rejected")
-# Of providers the first 21 were the program's own, of signs 42. Two may bear one name.
-PROVIDERS_OF_VERSION_1 = """
-    SELECT name || iif(count(*) OVER (PARTITION BY name) > 1, ' ' || id, '') AS name, fields
-    FROM provider WHERE id > 21 AND fields IS NOT NULL"""
-OUT_OF_VERSION_1 = """
-    CREATE TABLE sign_of_version_1 AS SELECT * FROM sign WHERE id > 42;
-    DROP TABLE provider;
-    DROP TABLE sign;
-    DROP TABLE command;
-    -- What version 2 takes no more.
-    UPDATE queue SET name = 'Queue ' || id WHERE trim(name) = '';
-    UPDATE email_account SET
-        template = template || iif(instr(template, '{reference}'), '',
-            '{reference}' || char(10)),
-        trusted_forwarders = iif(trusted_forwarders LIKE '_%@_%', trusted_forwarders, NULL);
-    """
-ID_OF_EACH_MAIL = """
-    PRAGMA legacy_alter_table = ON;     -- references keep their tables' names
-    ALTER TABLE outbox ADD COLUMN own_message_id TEXT;
-    UPDATE outbox SET own_message_id = (SELECT message_id FROM message WHERE id = message);
-    """
-WHO_WROTE_LAST = """
-    UPDATE ticket SET last_writer = 'team' WHERE 'reply' = (
-        SELECT ifnull(purpose, kind) AS what FROM message
-        LEFT JOIN outbox ON outbox.message = message.id WHERE ticket = ticket.id
-            AND what NOT IN ('confirmation', 'auto-reply', 'bounce')
-        ORDER BY message.id DESC LIMIT 1)"""
 # version → what makes a later one of it
 MIGRATIONS = {0: new_file, 1: from_version_1, 2: from_version_2}
 
@@ -2490,10 +2446,8 @@ def new_secret() -> str:
 def file_post(db: DB, now: int, post: Post, filings: list[Filing | str]) -> list[Row]:
     """Store each member of a post; one that was not understood has it kept, once.
 
-    What cannot be filed costs a batch nothing but this member; alone it is raised.
+    What cannot be filed costs nothing but this member.
     """
-    if len(filings) == 1 and isinstance(filings[0], Filing):
-        return [file_message(db, now, post, filings[0])]
     answers: list[Row] = []
     faults: list[str] = []
     for filing in filings:
@@ -2515,12 +2469,6 @@ def file_post(db: DB, now: int, post: Post, filings: list[Filing | str]) -> list
     return answers
 
 
-KNOWN = """
-    SELECT ticket.*, message.id AS message, direction, digest, kind
-    FROM message JOIN ticket ON ticket.id = message.ticket WHERE message.email_account = ?
-        AND message_id = ? ORDER BY digest = ? DESC, direction DESC LIMIT 1"""
-
-
 def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
     """Thread and store one message; return the answer's object.
 
@@ -2533,17 +2481,18 @@ def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
         now = date_of(message, now)
         post = replace(post, received_at=now)
         filing = replace(filing, withheld=filing.withheld or "it was imported")
-    known = db.execute(KNOWN, [
-        account["id"], message.message_id, message.digest]).fetchone()
+    known = db.execute("""SELECT ticket.*, message.id AS message, direction, digest, kind
+        FROM message JOIN ticket ON ticket.id = message.ticket
+        WHERE message.email_account = ? AND message_id = ?
+        ORDER BY digest = ? DESC, direction DESC LIMIT 1""", [
+            account["id"], message.message_id, message.digest]).fetchone()
     if known and known["digest"] == message.digest:
-        return {
-            "status": "duplicate", "ticket": known["reference"],
-            "message": known["message"], "kind": known["kind"] or "human",
-            "confirmation": "not due", "reason": "stored before"}
+        return {"status": "duplicate", "ticket": known["reference"],
+                "message": known["message"], "kind": known["kind"] or "human",
+                "confirmation": "not due", "reason": "stored before"}
     ours = known if known and known["direction"] == "out" else None
     if account["staff"] and not known:      # a notice, or an answer as it went out
-        ours = db.execute(
-            THREAD[1], [[[message.message_id]], account["id"], ""]).fetchone()
+        ours = db.execute(THREAD[1], [[[message.message_id]], account["id"], ""]).fetchone()
     if ours:
         found = "it bears the Message-ID of a mail of ours"
         message.notes.append(found)
@@ -2566,7 +2515,7 @@ def file_mail(db: DB, now: int, post: Post, filing: Filing, ticket: Row | None,
     if ticket:
         status, confirmation = "appended", "not due"
         is_news = post.content_type != IMPORTED or now > ticket["updated_at"]
-        touch_ticket(db, now, ticket, message, kind, is_news)
+        touch_ticket(db, now, ticket, filing, is_news)
     else:
         ticket, status = open_ticket(db, now, post.account, message, kind), "created"
         draft, due = confirm(db, now, post, ticket, message, filing.withheld)
@@ -2600,65 +2549,57 @@ def open_ticket(db: DB, now: int, account: Row, message: Message, kind: str) -> 
     ticket: Row | None = None
     while ticket is None:       # among a million one in a million references is taken
         letters = "".join(CROCKFORD[byte % 32] for byte in secrets.token_bytes(8))
-        ticket = db.execute(NEW_TICKET, account | vars(message) | {
-            "reference": f"T-{letters[:4]}-{letters[4:]}", "kind": kind,
-            "now": now}).fetchone()
+        ticket = db.execute("""INSERT INTO ticket (reference, queue, email_account, subject,
+            requester, requester_name, created_at, updated_at)
+            VALUES (:reference, iif(:kind IN ('auto-reply', 'bounce'),
+                (SELECT id FROM queue WHERE name = 'Automatic'), :queue), :id, :subject,
+                :from_address, :from_name, :now, :now)
+            ON CONFLICT (reference) DO NOTHING RETURNING *""", {
+                **account, **vars(message), "kind": kind, "now": now,
+                "reference": f"T-{letters[:4]}-{letters[4:]}"}).fetchone()
     return ticket
 
 
 CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-NEW_TICKET = """
-    INSERT INTO ticket (reference, queue, email_account, subject, requester, requester_name,
-        created_at, updated_at)
-    VALUES (:reference, iif(:kind IN ('auto-reply', 'bounce'),
-            (SELECT id FROM queue WHERE name = 'Automatic'), :queue), :id, :subject,
-        :from_address, :from_name, :now, :now)
-    ON CONFLICT (reference) DO NOTHING RETURNING *"""
 
 
-def touch_ticket(db: DB, now: int, ticket: Row, message: Message, kind: str,
-                 is_news: bool) -> None:
+def touch_ticket(db: DB, now: int, ticket: Row, filing: Filing, is_news: bool) -> None:
     """A party's own words open a closed ticket again; no machine's, and no stranger's.
 
     Parties are the requester and whom a mail of ours on the ticket went to.
     """
-    mailbox = mailbox_key(message.from_address)
-    is_party = mailbox == mailbox_key(ticket["requester"]) or mails_about(
-        db, ticket, mailbox, ["confirmation", "reply", "answer"])
-    if not is_party and kind not in ("bounce", "auto-reply"):
-        message.notes.append(
-            f"written by a stranger to this ticket: {message.from_address}")
+    author = filing.message.from_address
+    is_party = mailbox_key(author) == mailbox_key(ticket["requester"]) or mails_about(
+        db, ticket, mailbox_key(author), ["confirmation", "reply", "answer"])
+    is_reaction = filing.kind in ("bounce", "auto-reply")
+    if not is_party and not is_reaction:
+        filing.message.notes.append(f"written by a stranger to this ticket: {author}")
     db.execute("""UPDATE ticket SET updated_at = ?, status = iif(?, 'open', status),
         last_writer = iif(?, last_writer, 'customer') WHERE id = ? AND ?""", [
-            now, kind == "human" and bool(is_party), kind in ("auto-reply", "bounce"),
-            ticket["id"], is_news])
+            now, filing.kind == "human" and bool(is_party), is_reaction, ticket["id"],
+            is_news])
 
 
 def insert_message(db: DB, now: int, ticket: Row, message: Message, reason: str,
                    kind: str | None = None, confirmation: str | None = None) -> int:
     """Insert a message and its attachments; return its id. Without a kind it is ours."""
-    row = db.execute(NEW_MESSAGE, ticket | vars(message) | {
-        "now": now, "reason": reason, "kind": kind, "confirmation": confirmation}).lastrowid
+    columns = vars(message) | {"in_reply_to": " ".join(message.in_reply_to) or None}
+    for name in ("attachments", "from_count", "verdict", "content"):
+        del columns[name]
+    row = insert(db, "message", ticket=ticket["id"], email_account=ticket["email_account"],
+                 direction="in" if kind else "out", kind=kind, reason=reason,
+                 confirmation=confirmation, received_at=now, **columns)
     for item in message.attachments:
         columns = vars(item) | {"sha256": item.sha256}
         insert(db, "attachment", message=row, size=len(item.content or b""), **columns)
-    return row or 0
+    return row
 
 
-NEW_MESSAGE = """
-    INSERT INTO message (ticket, email_account, direction, message_id, digest, in_reply_to,
-        "references", from_address, from_name, envelope_from, "to", cc, subject, text, html,
-        headers, kind, reason, confirmation, notes, received_at)
-    VALUES (:id, :email_account, iif(:kind IS NULL, 'out', 'in'), :message_id, :digest,
-        (SELECT group_concat(value, ' ') FROM json_each(:in_reply_to)),
-        :references, :from_address, :from_name, :envelope_from, :to, :cc, :subject, :text,
-        :html, :headers, :kind, :reason, :confirmation, :notes, :now)"""
-
-
-def insert(db: DB, table: str, **row: Any) -> None:
-    """Insert a row."""
-    columns, marks = ", ".join(row), ", ".join("?" * len(row))
-    db.execute(f"INSERT INTO {table} ({columns}) VALUES ({marks})", [*row.values()])
+def insert(db: DB, table: str, **row: Any) -> int:
+    """Insert a row; return its id."""
+    columns, marks = '", "'.join(row), ", ".join("?" * len(row))
+    return db.execute(f'INSERT INTO {table} ("{columns}") VALUES ({marks})',
+                      [*row.values()]).lastrowid or 0
 
 
 DELAYED = re.compile(
@@ -2764,7 +2705,7 @@ AUTOMATIC = {"Auto-Submitted": "auto-replied", "X-Auto-Response-Suppress": "All"
 
 
 def confirm(db: DB, now: int, post: Post, ticket: Row, message: Message,
-            withheld: str) -> tuple[Draft | None, str]:
+            withheld: str) -> tuple[Message | None, str]:
     """Return (draft, reason) of a new ticket's confirmation; no draft if a rule forbids."""
     withheld = withheld or reason_to_withhold(db, now, post, message)
     reference = ticket["reference"]
@@ -2791,26 +2732,22 @@ def reason_to_withhold(db: DB, now: int, post: Post, message: Message,
         return "From is not one address that we write to (RFC 3834 3.1.3)"
     counted = {"mailbox": mailbox, "domain": domain_key(mailbox),
                "email_account": post.account["id"]}
-    sent = db.execute(SENT, counted | {"now": now, "purpose": purpose}).fetchone()
-    for cap, _, column in CAPS:
-        if sent[cap] >= post.account[cap] and counted[column] not in LARGE_PROVIDERS:
+    for cap, seconds, column in CAPS:
+        if counted[column] not in LARGE_PROVIDERS and sent_lately(
+                db, now, purpose, counted[column], column, seconds) >= post.account[cap]:
             return f"the cap {cap} is reached"
     return ""
 
 
-# Until now: what a clock that was wrong dated into the future does not count.
-SENT = "SELECT " + ", ".join(
-    f"""(SELECT count(*) FROM outbox WHERE {column} = :{column} AND purpose = :purpose
-        AND created_at BETWEEN :now - {seconds - 1} AND :now) AS {cap}"""
-    for cap, seconds, column in CAPS)
+def sent_lately(db: DB, now: int, purpose: str, to: Any, column: str = "mailbox",
+                seconds: int = 3600) -> int:
+    """How many mails of a purpose went to a mailbox, or to whom another column says.
 
-
-def sent_lately(db: DB, now: int, purpose: str, mailbox: str) -> int:
-    """How many mails went to a person within the last hour."""
-    row = db.execute("""SELECT count(*) AS n FROM outbox WHERE mailbox = ?
+    Until now: what a clock that was wrong dated into the future does not count.
+    """
+    return db.execute(f"""SELECT count(*) AS n FROM outbox WHERE {column} = ?
         AND purpose = ? AND created_at BETWEEN ? AND ?""", [
-            mailbox, purpose, now - 3599, now]).fetchone()
-    return int(row["n"])
+            to, purpose, now - seconds + 1, now]).fetchone()["n"]
 
 
 def domain_key(mailbox: str) -> str:
@@ -2839,7 +2776,7 @@ def deliverable(address: str) -> str:
 
 def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, subject: str,
                text: str, ancestors: list[str], name: str = "",
-               files: Iterable[Attachment] = ()) -> Draft:
+               files: Iterable[Attachment] = ()) -> Message:
     """A text/plain mail of ours; Refused unless these headers and clean lines result.
 
     `ancestors` are the ids for References, the parent's last; `name` stands in From.
@@ -2848,7 +2785,7 @@ def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, s
     if not recipient:
         raise Refused(400, f"{address!r} is not an address that we can write to")
     known = [parent for parent in ancestors if OWN_ID.fullmatch(parent)]
-    parents = known[-1:] if known[-1:] == ancestors[-1:] else []
+    parents = [parent for parent in ancestors[-1:] if parent in known]
     known = known[:1] + known[1:][-9:]
     # `=?` is broken up: mail programs would decode what stands behind it.
     name = one_line(name or account["display_name"] or "").replace("=?", "= ?")
@@ -2881,7 +2818,7 @@ def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, s
         message_id=mail["Message-ID"], digest="", in_reply_to=parents, references=known,
         from_address=ours, from_name=name, to=[recipient], cc=[], subject=subject,
         envelope_from=(account["confirmation_envelope_from"] or "") if extra else ours,
-        text=text, html=None, headers=[[*pair] for pair in mail.items()]), content
+        text=text, html=None, headers=[[*pair] for pair in mail.items()], content=content)
 
 
 class Verbatim(email.policy.Compat32):
@@ -2897,20 +2834,20 @@ class Verbatim(email.policy.Compat32):
         return f"{name}: {value}\r\n".replace("> <", ">\r\n <").encode()
 
 
-def send_later(db: DB, now: int, ticket: Row, draft: Draft, purpose: str) -> int:
+def send_later(db: DB, now: int, ticket: Row, draft: Message, purpose: str) -> int:
     """Store a drafted mail as message and outbox row; return the former's id."""
-    row = insert_message(db, now, ticket, draft[0], f"our {purpose}")
+    row = insert_message(db, now, ticket, draft, f"our {purpose}")
     enqueue(db, now, ticket, row, draft, purpose)
     return row
 
 
-def enqueue(db: DB, now: int, ticket: Row, row: int, draft: Draft, purpose: str) -> None:
+def enqueue(db: DB, now: int, ticket: Row, row: int, draft: Message, purpose: str) -> None:
     """Put a mail about message `row` into the outbox; its bytes never change any more."""
-    message, content = draft
-    mailbox = mailbox_key(message.to[0])
-    insert(db, "outbox", message=row, own_message_id=message.message_id, purpose=purpose,
-           email_account=ticket["email_account"], recipient=message.to[0],
-           mailbox=mailbox, domain=domain_key(mailbox), content=content, created_at=now,
+    [recipient] = draft.to
+    mailbox = mailbox_key(recipient)
+    insert(db, "outbox", message=row, own_message_id=draft.message_id, purpose=purpose,
+           email_account=ticket["email_account"], recipient=recipient, mailbox=mailbox,
+           domain=domain_key(mailbox), content=draft.content, created_at=now,
            next_attempt_at=now, give_up_at=now + GIVE_UP)
 
 
@@ -2943,11 +2880,11 @@ REFUSAL = """Your mail is kept with the ticket {}. It was not sent on as an answ
 
 def staff_of(db: DB, account: Row) -> Row:
     """{mailbox: address} of whom the account tells; an address of ours would be a loop."""
-    accounts = db.execute("SELECT address FROM email_account").fetchall()
-    ours = {mailbox_key(each["address"]) for each in accounts}
     named = filter(None, map(deliverable, ADDRESSES(account["staff"] or "")))
     staff = {mailbox_key(each): each for each in named}
-    return {mailbox: staff[mailbox] for mailbox in staff if mailbox not in ours}
+    for ours in db.execute("SELECT address FROM email_account"):
+        staff.pop(mailbox_key(ours["address"]), None)
+    return staff
 
 
 def mails_about(db: DB, ticket: Row, mailbox: str | None, purposes: list[str]) -> list[str]:
@@ -2968,9 +2905,8 @@ def file_for_team(db: DB, now: int, post: Post, filing: Filing, ticket: Row | No
     try:
         if ticket and is_answer(db, filing, ticket, is_staff):
             return file_answer(db, now, post, ticket, message)
-        _, _, domain = account["address"].lower().rpartition("@")
-        domains = {each.rpartition("@")[2] for each in our_ids(message)}
-        if not ticket and is_staff and domain in domains:
+        end = "@" + account["address"].lower().rpartition("@")[2]
+        if not ticket and is_staff and any(each.endswith(end) for each in our_ids(message)):
             raise Refused(404, "the ticket that it answers is not kept any more")
         if is_staff:
             message.notes.append("its From is the team's, but it answers no notice")
@@ -2978,8 +2914,7 @@ def file_for_team(db: DB, now: int, post: Post, filing: Filing, ticket: Row | No
         refusal = error.reason
         message.notes.append(f"not sent on as an answer: {refusal}")
     withheld = filing.withheld or refusal
-    answer = file_mail(
-        db, now, post, replace(filing, withheld=withheld), ticket, found)
+    answer = file_mail(db, now, post, replace(filing, withheld=withheld), ticket, found)
     ticket = db.execute("""SELECT ticket.*, name FROM ticket JOIN queue ON queue.id = queue
         WHERE reference = ?""", [answer["ticket"]]).fetchone()
     # From of staff is no stranger's, even where it may be forged: they want to know.
@@ -3033,11 +2968,10 @@ def file_answer(db: DB, now: int, post: Post, ticket: Row, message: Message) -> 
     if files or has_words(text, account["address"].lower()):
         draft = draft_answer(db, now, account, ticket, ticket["requester"], text, files)
         reason = f"answer of {author}" + (", who closed the ticket" if is_closing else "")
+        if sent_lately(db, now, "answer", mailbox_key(draft.to[0])) >= ANSWERS_PER_HOUR:
+            raise Refused(429, f"{ANSWERS_PER_HOUR} answers went there within an hour")
     elif not is_closing:
         raise Refused(422, "there is nothing in it but what it quotes")
-    if draft and sent_lately(
-            db, now, "answer", mailbox_key(draft[0].to[0])) >= ANSWERS_PER_HOUR:
-        raise Refused(429, f"{ANSWERS_PER_HOUR} answers went there within an hour")
     row = insert_message(db, post.received_at or now, ticket, message, reason)
     if draft:
         enqueue(db, now, ticket, row, draft, "answer")
@@ -3078,7 +3012,7 @@ def files_of(message: Message) -> list[Attachment]:
 
 
 def draft_answer(db: DB, now: int, account: Row, ticket: Row, to: str, text: str,
-                 files: Iterable[Attachment] = ()) -> Draft:
+                 files: Iterable[Attachment] = ()) -> Message:
     """A mail of the team to somebody, in reply to the last that came from there.
 
     Of another's only the id goes into its headers, not the ancestors: among those may be a
@@ -3090,16 +3024,15 @@ def draft_answer(db: DB, now: int, account: Row, ticket: Row, to: str, text: str
     if mailbox_key(parent["from_address"]) == mailbox_key(to):
         ancestors = json.loads(parent["references"]) + ancestors
     subject = re.sub(r"^(?:re:\s*)+", "", ticket["subject"], flags=re.I)[:200]
-    return draft_mail(
-        account, now, to, {}, text=text, files=files, ancestors=ancestors,
-        subject=f"[{ticket['reference']}] Re: {subject}")
+    return draft_mail(account, now, to, {}, text=text, files=files, ancestors=ancestors,
+                      subject=f"[{ticket['reference']}] Re: {subject}")
 
 
-def send_reply(db: DB, now: int, account: Row, ticket: Row, to: str, text: str) -> Draft:
+def send_reply(db: DB, now: int, account: Row, ticket: Row, to: str, text: str) -> Message:
     """Answer from the command line."""
     draft = draft_answer(db, now, account, ticket, to, text)
     row = send_later(db, now, ticket, draft, "reply")
-    team_wrote(db, now, account, ticket, row, draft[0], "answer from the command line")
+    team_wrote(db, now, account, ticket, row, draft, "answer from the command line")
     return draft
 
 
@@ -3228,21 +3161,19 @@ def settle_for_sure(store: Store, row: Row, state: str, error: str) -> None:
     After LEASE the row is anybody's again.
     """
     ends = time.monotonic() + LEASE
-    while True:
-        try:
-            return store.write(settle, row, state, error)
-        except Refused:
-            if time.monotonic() > ends:
-                raise
-            time.sleep(0.2)
+    while time.monotonic() < ends:
+        with contextlib.suppress(Refused):
+            store.write(settle, row, state, error)
+            return
+        time.sleep(0.2)
 
 
+@dataclass
 class Relay:
     """An SMTP session with an account's relay, opened with the first mail of a burst."""
 
-    def __init__(self, account: Row):
-        self.account = account
-        self.smtp: Any = None
+    account: Row
+    smtp: Any = None
 
     def deliver(self, row: Row) -> tuple[str, str]:
         """Return (state, error): sent, failed (5xx for it), queued (all that may pass).
@@ -3376,7 +3307,7 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080",
             asyncore_use_poll=True, max_request_body_size=MAX_BODY + 1,
             clear_untrusted_proxy_headers=False)
     except (OSError, ValueError) as error:
-        raise Refused(503, f"cannot listen on {listen!r}: {error}") from None
+        raise Refused(503, f"cannot listen on {listen!r}: {error}")
     server.adj.send_bytes = 2**12       # an answer goes out whole, not its headers first
     for number in (signal.SIGTERM, signal.SIGINT):  # SystemExit: what is in flight ends
         signal.signal(number, lambda *_: sys.exit(0))
@@ -3724,9 +3655,6 @@ def account_set(store: Store, setting: str, *more: str, account: str = "") -> An
 
 STATUSES = {"open": "status = 'open'", "closed": "status = 'closed'", "all": "true",
             "waiting": "status = 'open' AND last_writer = 'customer'"}
-SEARCHED = """ AND NOT EXISTS (SELECT 1 FROM json_each(:words) WHERE NOT EXISTS (
-    SELECT 1 FROM message WHERE message.ticket = ticket.id
-    AND instr(lower(from_address || ' ' || subject || ' ' || text), lower(value))))"""
 
 
 def tickets(store: Store, status: str = "open", *, search: str = "", limit: int = 50,
@@ -3744,14 +3672,15 @@ def tickets(store: Store, status: str = "open", *, search: str = "", limit: int 
     where = STATUSES[status]
     if "from" in asked:
         where += " AND requester = :from"
-    if search:
-        where += SEARCHED
     return store.rows(f"""SELECT reference, queue.name AS queue, status, subject, requester,
         (SELECT count(*) FROM message WHERE message.ticket = ticket.id) AS messages,
         last_writer, created_at, updated_at
         FROM ticket CROSS JOIN queue ON queue.id = ticket.queue
         WHERE {where} AND :account IN (email_account, '')
         AND queue.name = ifnull(:queue, queue.name)
+        AND NOT EXISTS (SELECT 1 FROM json_each(:words) WHERE NOT EXISTS (
+            SELECT 1 FROM message WHERE message.ticket = ticket.id
+            AND instr(lower(from_address || ' ' || subject || ' ' || text), lower(value))))
         ORDER BY updated_at DESC, ticket.id DESC LIMIT :limit""", asked)
 
 
@@ -3765,10 +3694,10 @@ def show(store: Store, reference: str, *, last: int = -1) -> Any:
     Print a ticket: its messages, and why each was treated as it was.
     """
     ticket = ticket_of(store, reference)
-    messages = store.rows("""SELECT * FROM (SELECT direction, message_id, in_reply_to,
-        "references", from_address AS "from", from_name, envelope_from, "to", cc, subject,
-        text, html, headers, kind, reason, confirmation, notes, received_at, id FROM message
-        WHERE ticket = ? ORDER BY id DESC LIMIT ?) ORDER BY id""", [ticket["id"], last])
+    messages = store.rows("""SELECT direction, message_id, in_reply_to, "references",
+        from_address AS "from", from_name, envelope_from, "to", cc, subject, text, html,
+        headers, kind, reason, confirmation, notes, received_at, id FROM message
+        WHERE ticket = ? ORDER BY id DESC LIMIT ?""", [ticket["id"], last])[::-1]
     text = "{reference} ({status}, {queue}): {subject} <{requester}>\n".format(**ticket)
     for message in messages:
         for name in ("references", "to", "cc", "headers", "notes"):
@@ -3818,11 +3747,11 @@ def reply(store: Store, reference: str, *, to: str = "") -> Any:
     last = store.rows("""SELECT from_address FROM message WHERE ticket = ?
         AND direction = 'in' ORDER BY id DESC LIMIT 1""", [ticket["id"]])[0]
     draft = store.write(send_reply, account, ticket, to or ticket["requester"], text)
-    author, [recipient] = last["from_address"], draft[0].to
+    author, [recipient] = last["from_address"], draft.to
     if mailbox_key(author) != mailbox_key(recipient):
         print(f"inbound: {author} wrote last, this goes to {recipient}", file=sys.stderr)
     return {"reference": ticket["reference"], "to": recipient,
-            "message_id": draft[0].message_id}
+            "message_id": draft.message_id}
 
 
 def close(store: Store, reference: str) -> Any:
@@ -3862,17 +3791,17 @@ def relay(store: Store, url: str, *, sender: str | None = None,
     sender = os.environ.get("SENDER") if sender is None else sender
     if sender is not None:
         mail = os.fsencode(f"Return-Path: <{sender.strip('<>')}>\r\n") + mail
+    code = 75
     try:
         secret = os.environ.get("INBOUND_SECRET") or Path(secret_file).read_text()
         status, words = post_to(url, mail, secret.strip().partition("\n")[0])
-        code = {200: 0, 401: 77, 400: 65, 413: 65, 415: 65, 422: 65}.get(status, 75)
-        if status != 413 and not at(words, "error" if code else "status"):
-            code = 75           # somebody else's page
+        # An answer without either is somebody else's page.
+        if status == 413 or at(words, "status" if status == 200 else "error"):
+            code = {200: 0, 401: 77, 400: 65, 413: 65, 415: 65, 422: 65}.get(status, 75)
     except (OSError, ValueError, http.client.HTTPException) as error:
         # Without the name of the file, which might be a secret that was given in its place.
         words = (f"{getattr(error, 'strerror', None) or error}: expected an http(s) URL, "
                  "and the secret in $INBOUND_SECRET or --secret-file")
-        code = 75
     print(words.strip(), file=sys.stderr if code else sys.stdout)
     raise SystemExit(code)
 
@@ -3943,9 +3872,8 @@ def rejected_list(store: Store, *, limit: int = 500) -> Any:
 
     List posts that could not become a message, the latest last.
     """
-    return store.rows("""SELECT * FROM (SELECT id, received_at, status, reason,
-        content_type, length(body) AS size FROM rejected ORDER BY id DESC LIMIT ?)
-        ORDER BY id""", [limit])
+    return store.rows("""SELECT id, received_at, status, reason, content_type,
+        length(body) AS size FROM rejected ORDER BY id DESC LIMIT ?""", [limit])[::-1]
 
 
 def rejected_show(store: Store, identifier: str) -> Any:
@@ -4099,7 +4027,7 @@ Check = tuple[str, bool, str]       # what is checked, whether it is ok, else wh
 
 def checks_of(store: Store) -> Iterator[Check]:
     _, content, _ = Progress(health(store)).finish(store)
-    for words in [*content.get("reasons", []), *content.get("warnings", [])]:
+    for words in content.get("reasons") or content["warnings"]:
         yield "state", False, words
     if store.replica_socket():
         yield (f"replica by {store.replica_socket()}", "the replica" not in str(content),
@@ -4185,7 +4113,7 @@ def backup(store: Store, file: str) -> Any:
             os.fsync(written.fileno())
         os.replace(part, file)
     except (OSError, sqlite3.Error) as error:
-        raise Refused(503, f"no backup was made: {error}") from None
+        raise Refused(503, f"no backup was made: {error}")
     finally:
         part.unlink(missing_ok=True)
     return {"file": file, "messages": messages}
@@ -4225,8 +4153,7 @@ def erase(db: DB, now: int, address: str) -> Row:
 # -----------------------------------------------------------------------------------------
 # Command line: parsing and printing. Nothing that is printed drives a terminal.
 
-Verb = Callable[..., Any]
-EACH_VERB: tuple[Verb, ...] = (
+EACH_VERB: tuple[Any, ...] = (
     serve, secret_show, secret_set, secret_rotate, account_list, account_show, account_add,
     account_set, tickets, show, attachment, reply, close, reopen, relay, outbox_list,
     outbox_show, outbox_send, outbox_retry, rejected_list, rejected_show, rejected_replay,
@@ -4261,23 +4188,23 @@ def main(argv: list[str] | None = None, clock: Callable[[], float] = time.time) 
     return 0
 
 
-def parse(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+def parse(argv: list[str]) -> tuple[Row, list[str]]:
     """(options as they were given, words) of a command line."""
     usages = " ".join(map(usage_of, VERBS.values()))
     valued = [f"{name}=" for name in re.findall("--([a-z-]+) ", f"--db {usages}")]
     try:
         given, words = getopt.gnu_getopt(argv, "h", ["help", "json", "version", *valued])
     except getopt.GetoptError as error:
-        raise Usage(f"{error}: see inbound --help") from None
+        raise Usage(f"{error}: see inbound --help")
     return {name.lstrip("-"): value for name, value in given}, words
 
 
-def usage_of(function: Verb) -> str:
+def usage_of(function: Any) -> str:
     """The first paragraph of its docstring, in one line."""
     return " ".join((function.__doc__ or "").partition("\n\n")[0].split())
 
 
-def run_verb(given: dict[str, str], words: list[str], clock: Callable[[], float]) -> None:
+def run_verb(given: Row, words: list[str], clock: Callable[[], float]) -> None:
     """Call the verb and print what it returns."""
     name, words = verb_of(words)
     function = VERBS[name]
@@ -4289,7 +4216,7 @@ def run_verb(given: dict[str, str], words: list[str], clock: Callable[[], float]
                 store.open(create=False)
             result = function(store, *words, **options)
     except Usage as error:
-        raise Usage(f"{error}: {usage_of(function)}") from None
+        raise Usage(f"{error}: {usage_of(function)}")
     if result is not None:
         print_result(result, "json" in given)
     if name == "doctor" and not all(row["is_ok"] for row in result[0]):
@@ -4312,12 +4239,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}" if found else ""
 
 
-def options_of(function: Verb, given: dict[str, str], words: list[str]) -> Row:
+def options_of(function: Any, given: Row, words: list[str]) -> Row:
     """The options as the function takes them; Usage if it does not, or not these words."""
     strange = given.keys() - re.findall("--([a-z-]+)", usage_of(function))
     if strange:
         raise Usage(f"--{min(strange)} means nothing here")
-    options: Row = {name.replace("-", "_"): given[name] for name in given if name != "json"}
+    options = {name.replace("-", "_"): given[name] for name in given if name != "json"}
     for name in options.keys() & {"limit", "last"}:
         if not re.fullmatch("[0-9]{1,18}", options[name]):
             raise Usage(f"--{name} is a number")
@@ -4325,7 +4252,7 @@ def options_of(function: Verb, given: dict[str, str], words: list[str]) -> Row:
     try:
         inspect.signature(function).bind(None, *words)
     except TypeError as error:
-        raise Usage(str(error)) from None
+        raise Usage(str(error))
     return options
 
 
