@@ -4061,7 +4061,7 @@ def checks_of_account(store: Store, account: Row) -> Iterator[Check]:
     yield (f"secret of {address}", len({*(account["inbound_secret"] or "")}) >= 8,
            "unset or easily guessed: run `inbound secret rotate`")
     used, until = account["previous_secret_used_at"], account["previous_secret_until"]
-    if used and until > store.now():
+    if account["previous_secret"] and used and until > store.now():
         yield (f"previous secret of {address}", False,
                "still in use: paste the new URL everywhere")
     if account["smtp_host"]:
