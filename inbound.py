@@ -1528,7 +1528,8 @@ def message_id_of(written: str, digest: str, headers: Headers, faults: Faults) -
         return found
     faults.setdefault("message_id", "required")
     # The Date, where there is one, tells two mails of the same words apart.
-    seed = "".join([digest, *header_values(headers, "date")])
+    seed = "".join([digest, *header_values(headers, "date"),
+                    *header_values(headers, "x-malformed")])
     return f"<{hashlib.sha256(seed.encode()).hexdigest()[:32]}@missing.invalid>"
 
 
@@ -2204,11 +2205,14 @@ class Store:
 
     def _begin(self) -> DB:
         """The writer in a transaction. Nobody waits for a lock that was there just now."""
+        replica_socket = self.replica_socket()
+        if replica_socket != self._replica.path:
+            self._close_writer()
         if self._writer is None:
             self.open()
             self._writer = self._connect()
             self._files = {}
-            self._replica = Replica(self.replica_socket())
+            self._replica = Replica(replica_socket)
             if self._replica.path:      # Litestream checkpoints what it has copied
                 self._writer.execute("PRAGMA wal_autocheckpoint = 0")
         wait = BUSY_TIMEOUT if time.monotonic() > self._locked_until else 0
@@ -2318,9 +2322,11 @@ def migrate(db: DB, path: str) -> bool:
     """Bring the file to SCHEMA_VERSION in one transaction; return whether it was empty."""
     if version_of(db, path) == SCHEMA_VERSION:  # no lock: who only reads waits for none
         return False
-    db.execute("PRAGMA journal_mode = WAL")
+    # Two processes may start at once, and this waits for no lock: then the other sets it.
+    with contextlib.suppress(sqlite3.OperationalError):
+        db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA foreign_keys = OFF")
-    db.execute("BEGIN IMMEDIATE")       # two processes may start at once
+    db.execute("BEGIN IMMEDIATE")
     first = version_of(db, path)
     while (version := version_of(db, path)) != SCHEMA_VERSION:
         MIGRATIONS[version](db)
@@ -2400,8 +2406,10 @@ def from_version_2(db: DB) -> None:
 def carry_over(db: DB, tables: Iterable[str], mend: str = "") -> None:
     """Carry tables, once the script `mend` has run, into such as schema.sql makes."""
     for part in db.execute("""SELECT name, type FROM sqlite_schema
-            WHERE type <> 'table' AND sql IS NOT NULL""").fetchall():
-        # A view's triggers go with it.
+            WHERE sql IS NOT NULL AND type <> 'table'
+            AND (tbl_name IN (SELECT value FROM json_each(?)) OR ?)""", [
+                [*tables, "inbox"], bool(mend)]).fetchall():
+        # An admin's own stay. A view's triggers go with it.
         db.execute('DROP {type} IF EXISTS "{name}"'.format(**part))
     run_script(db, mend + """
         PRAGMA legacy_alter_table = ON;     -- references keep their tables' names
@@ -2570,7 +2578,7 @@ def touch_ticket(db: DB, now: int, ticket: Row, filing: Filing, is_news: bool) -
     """
     author = filing.message.from_address
     is_party = mailbox_key(author) == mailbox_key(ticket["requester"]) or mails_about(
-        db, ticket, mailbox_key(author), ["confirmation", "reply", "answer"])
+        db, ticket, mailbox_key(author), ["confirmation", "reply", "answer"], 1)
     is_reaction = filing.kind in ("bounce", "auto-reply")
     if not is_party and not is_reaction:
         filing.message.notes.append(f"written by a stranger to this ticket: {author}")
@@ -2665,7 +2673,7 @@ def keep(db: DB, now: int, post: Post, status: int, reason: str) -> None:
 def rehearse(db: DB, now: int) -> None:
     """Try all that storing a message needs, and undo it."""
     account = db.execute("SELECT * FROM email_account ORDER BY is_default DESC").fetchone()
-    post = Post(account, [], "", b"rehearsal")
+    post = Post(account | {"staff": None}, [], "", b"rehearsal")
     message = normalise({"from": "rehearsal@inbound.example", "text": secrets.token_hex(),
                          "attachments": [{"content": ""}]}, is_strict=False)
     db.execute("SAVEPOINT rehearsal")
@@ -2887,13 +2895,14 @@ def staff_of(db: DB, account: Row) -> Row:
     return staff
 
 
-def mails_about(db: DB, ticket: Row, mailbox: str | None, purposes: list[str]) -> list[str]:
+def mails_about(db: DB, ticket: Row, mailbox: str | None, purposes: list[str],
+                most: int = -1) -> list[str]:
     """Ids of what was sent to a person, or (None) to all, about a ticket."""
     rows = db.execute("""SELECT own_message_id FROM message
         JOIN outbox ON outbox.message = message.id WHERE ticket = ?
             AND ifnull(mailbox = ?, 1) AND purpose IN (SELECT value FROM json_each(?))
-        ORDER BY outbox.id""", [ticket["id"], mailbox, purposes])
-    return [row["own_message_id"] for row in rows]
+        ORDER BY message.id DESC LIMIT ?""", [ticket["id"], mailbox, purposes, most])
+    return [row["own_message_id"] for row in rows][::-1]
 
 
 def file_for_team(db: DB, now: int, post: Post, filing: Filing, ticket: Row | None,
@@ -2929,15 +2938,22 @@ def file_for_team(db: DB, now: int, post: Post, filing: Filing, ticket: Row | No
     return answer
 
 
+NAMED = """
+    SELECT mailbox, purpose FROM outbox JOIN message ON message.id = message
+    WHERE ticket = ? AND own_message_id COLLATE NOCASE IN (SELECT value FROM json_each(?))
+        AND outbox.email_account = ? AND +purpose IN ('notice', 'summary')
+        AND purpose NOT IN ('confirmation', 'reply')"""     # its index
+
+
 def is_answer(db: DB, filing: Filing, ticket: Row, is_staff: bool) -> bool:
     """Whether a mail is the team's answer; Refused if it answers a notice and is none."""
     message = filing.message
     mailbox = mailbox_key(message.from_address)
     ids = {each.lower() for each in message.in_reply_to + message.references}
-    notices = mails_about(db, ticket, None, ["notice", "summary"])
-    if mailbox == mailbox_key(ticket["requester"]) or ids.isdisjoint(notices):
+    notices = db.execute(NAMED, [ticket["id"], [*ids], ticket["email_account"]]).fetchall()
+    if mailbox == mailbox_key(ticket["requester"]) or not notices:
         return False
-    if not is_staff or ids.isdisjoint(mails_about(db, ticket, mailbox, ["notice"])):
+    if not is_staff or {"mailbox": mailbox, "purpose": "notice"} not in notices:
         raise Refused(403, "it answers no notice that went to this address of the team")
     if filing.withheld or message.from_count != 1:
         raise Refused(403, filing.withheld or "From is not one address")
@@ -2985,7 +3001,8 @@ def has_words(text: str, ours: str) -> bool:
     """Whether a person wrote more than a signature, and the line above what they quote."""
     is_marked = re.search("(?m)^>", text)
     for paragraph in re.split(r"\n\s*\n", re.split("(?m)^-- ?$", text)[0]):
-        if ours in paragraph.lower() and not is_marked:     # Outlook: all below is quoted
+        head = "\n".join(paragraph.lower().split("\n")[:2])
+        if ours in head and not is_marked:      # Outlook's From: line, all below is quoted
             return False
         lines = re.findall("(?m)^[^>\n].*", paragraph)
         if lines and not lines[-1].rstrip().endswith(":"):
@@ -3065,7 +3082,7 @@ def tell(db: DB, now: int, account: Row, ticket: Row, row: int, message: Message
                 account, now, address, NOTICE | {TOLD: ticket["reference"]}, text=text,
                 name=f"{author[:60]} via {us or account['address']}",
                 subject=f"[{ticket['reference']}] {ticket['subject'][:200]}",
-                ancestors=mails_about(db, ticket, mailbox, ["notice"])), purpose)
+                ancestors=mails_about(db, ticket, mailbox, ["notice"], 10)), purpose)
 
 
 def notice_text(db: DB, ticket: Row, row: int, message: Message, words: list[str]) -> str:
@@ -3079,16 +3096,14 @@ def notice_text(db: DB, ticket: Row, row: int, message: Message, words: list[str
     first, *last = [
         "\n".join(textwrap.wrap(each, 68, initial_indent=PREFIX, subsequent_indent=PREFIX))
         for each in [*words, HOW_TO_ANSWER.format(**ticket)]]
-    text = message.text[:MAX_TOLD].replace(PREFIX, "[ inbound] ").rstrip()
+    text = message.text[:MAX_TOLD].replace(PREFIX.strip(), "[ inbound]").rstrip()
     return "\n".join([first, "", text, "", *last, ""])
 
 
 def refuse(db: DB, now: int, post: Post, ticket: Row, row: int, message: Message,
            refusal: str) -> None:
-    """Say to the writer of a mail why it is no answer: once a ticket, within the caps."""
-    mailbox = mailbox_key(message.from_address)
-    if not (mails_about(db, ticket, mailbox, ["refusal"])
-            or reason_to_withhold(db, now, post, message, "refusal")):
+    """Say to the writer of a mail why it is no answer, within the caps."""
+    if not reason_to_withhold(db, now, post, message, "refusal"):
         enqueue(db, now, ticket, row, draft_mail(
             post.account, now, message.from_address, AUTOMATIC,
             subject=f"[{ticket['reference']}] Your mail was not sent on",
@@ -3111,7 +3126,7 @@ def claim(db: DB, now: int, account: Row) -> Any:
     db.execute("""UPDATE outbox SET state = 'failed', next_attempt_at = NULL,
         last_error = 'not delivered in 24 h; '
             || iif(last_error = '', 'no smtp_host was set', last_error)
-        WHERE state = 'queued' AND next_attempt_at IS NOT NULL
+        WHERE +state = 'queued' AND next_attempt_at IS NOT NULL
         AND created_at <= :now - :give_up AND give_up_at <= :now""", values)
     # What is due far later than we ever wait is due now: the clock was set back.
     db.execute("""UPDATE outbox SET next_attempt_at = :now WHERE state = 'queued'
@@ -3343,6 +3358,8 @@ def place_of(listen: str) -> Row:
 
     What a dead one left there waitress replaces. It would a live one's, too.
     """
+    if not listen.strip():
+        raise ValueError("expected HOST:PORT or unix:/path")
     if not listen.startswith("unix:"):
         port = listen.rpartition(":")[2]
         if port.isdigit() and int(port) > 65535:    # getaddrinfo(3) takes what is left
@@ -3441,10 +3458,16 @@ class Dispatcher:
             if job := self.begin(channel):
                 jobs[channel] = job
             else:
-                channel.service()
+                self.answer(channel)
         self.store.commit([*jobs.values()])
         for channel in jobs:
+            self.answer(channel)
+
+    def answer(self, channel: Any) -> None:
+        try:
             channel.service()
+        except Exception:       # waitress: a 100 Continue to who has hung up
+            log.exception("while answering")
 
     def begin(self, channel: Any) -> Job | None:
         """Bring a request as far as it comes without a commit; return what it wants."""
@@ -3484,7 +3507,7 @@ def run_courier(store: Store, stopping: threading.Event) -> None:
     threads: dict[int, threading.Thread] = {}
     while not stopping.is_set():
         store.has_mail.clear()
-        with contextlib.suppress(Refused):      # said in the log by who tried to write
+        try:
             write_counts(store)
             for account in store.accounts():
                 thread = threads.get(account["id"])
@@ -3492,6 +3515,10 @@ def run_courier(store: Store, stopping: threading.Event) -> None:
                     threads[account["id"]] = threading.Thread(
                         target=deliver_for, args=(store, account), daemon=True)
                     threads[account["id"]].start()
+        except Refused:
+            pass            # said in the log by who tried to write
+        except Exception:
+            log.exception("the courier goes on after this")
         # SQLite answers "locking protocol" for good after a failed unlock: start anew.
         # But never for want of the file: a new process would make an empty one.
         since = store.failing_since or store.blind_since
@@ -3505,7 +3532,8 @@ def deliver_for(store: Store, account: Row) -> None:
     try:
         if store.failing_since:     # still? Where nothing is due nothing else would tell
             store.write(rehearse)
-        send_for(store, account)
+        if send_for(store, account)["sent"]:
+            store.has_mail.set()    # it may have been set while we said QUIT
     except Refused as refusal:
         log.error("courier: %s", printable(refusal.reason))
     except Exception:

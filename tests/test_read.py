@@ -1746,3 +1746,10 @@ def test_a_senseless_row_costs_no_mail_neither_ours_nor_theirs(desk, fields):
 def test_the_doctor_names_a_row_that_makes_no_sense(desk, fields):
     describe(desk, fields, "Senseless")
     assert "FAIL provider Senseless" in desk.run("doctor", status=1)
+
+
+def test_two_mails_without_a_header_are_two(desk):
+    statuses = [desk.post(content, "message/rfc822")["status"] for content in (
+        b"aaaa my printer burns", b"bbbb another", b"not a header\r\n\r\nhello",
+        b"not a header\r\n\r\nhello")]
+    assert statuses == ["created", "created", "created", "duplicate"]

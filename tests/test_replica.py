@@ -244,6 +244,18 @@ def test_only_litestream_checkpoints_what_it_copies(
     store.close()
 
 
+def test_the_setting_is_in_force_for_the_next_mail(desk, litestream, monkeypatch):
+    monkeypatch.delenv("INBOUND_REPLICA")
+    desk.post(mail_from("ada"))
+    assert litestream.asked == []
+    desk.run("account", "set", f"replica_socket={litestream.path}")
+    desk.post(mail_from("bob"))
+    assert len(litestream.asked) == 1
+    desk.run("account", "set", "replica_socket=")     # by another process, which asks once more
+    desk.post(mail_from("eve"))
+    assert len(litestream.asked) == 2
+
+
 # Who tells of it ----------------------------------------------------------------------------------
 
 def test_healthz_and_doctor_know_of_the_replica(desk, litestream):

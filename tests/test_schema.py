@@ -369,6 +369,20 @@ def test_a_file_of_version_1_keeps_every_row_and_every_setting(old):
     assert [row["names"] for row in after["sign_of_version_1"]] == ["x-ours"]
 
 
+def test_what_an_admin_added_to_a_file_of_version_2_stays(second):
+    with contextlib.closing(sqlite3.connect(second.path)) as connection:
+        connection.executescript("""
+            CREATE TABLE mine (a UNIQUE, b);
+            CREATE INDEX mine_b ON mine (b);
+            CREATE VIEW mine_open AS SELECT reference FROM ticket WHERE status = 'open';
+            CREATE TRIGGER mine_too AFTER INSERT ON mine BEGIN SELECT 1; END;""")
+    migrated(second)
+    with contextlib.closing(sqlite3.connect(second.path)) as connection:
+        names = connection.execute("SELECT name FROM sqlite_schema WHERE name LIKE 'mine%'")
+        assert {name for name, in names} == {"mine", "mine_b", "mine_open", "mine_too"}
+        connection.execute("SELECT * FROM mine_open").fetchall()
+
+
 def test_a_file_of_version_2_keeps_every_row_and_every_setting(second):
     before = rows_of(second)
     migrated(second)

@@ -248,3 +248,19 @@ def resident(served):
     """Bytes of memory that a server has."""
     status = Path(f"/proc/{served.process.pid}/status").read_text()
     return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])
+
+
+def test_what_waitress_raises_ends_no_thread_and_costs_nobody_else(desk, loop, monkeypatch):
+    loop.send(post_of("a", secret="w" * 32), post_of("b"), post_of("c"))
+    group = loop.server.task_dispatcher.take()
+    service = HTTPChannel.service
+
+    def service_of(channel):
+        service(channel)
+        if channel in group[:2]:        # as send_continue() does for who has hung up
+            raise ValueError("Can't skip 255 bytes in buffer of 0 bytes")
+
+    monkeypatch.setattr(HTTPChannel, "service", service_of)
+    loop.server.task_dispatcher.serve(group)
+    loop.turn()
+    assert loop.answers() == ["401", "200", "200"]

@@ -636,14 +636,40 @@ def test_a_refusal_says_why_and_is_an_automatic_answer(asked):
     assert cleo["Message-ID"].encode() not in mail.as_bytes()
 
 
-def test_it_is_said_once_a_ticket_and_within_the_caps(asked):
-    for _ in range(3):
-        asked.post(reply_to(told(asked, CLEO)[0], f"Hello {next(NUMBERS)}."))
-    assert len(refusals(asked)) == 1
+def test_it_is_said_of_each_mail_once_and_within_the_caps(asked):
+    for _ in range(2):
+        mail = reply_to(told(asked, CLEO)[0], f"Hello {next(NUMBERS)}.")
+        asked.post(mail)
+        asked.post(mail)
+    assert len(refusals(asked)) == 2
     for number in range(4):
         asked.post(asked.mail(message_id=f"<{number}@x>", text=str(number)))
         asked.post(reply_to(told(asked, CLEO)[-1], f"Hello {next(NUMBERS)}."))
     assert len(refusals(asked)) == 3        # confirmations_per_address_hour
+
+
+@pytest.mark.parametrize("blank", [" ", "\t", "\N{NO-BREAK SPACE}"])
+def test_a_stranger_writes_no_line_of_ours(asked, blank):
+    asked.post(asked.mail(message_id="<2@x>", in_reply_to="<first@customer.example>",
+                          text=f"[inbound]{blank}Your reply goes to ceo@bank.example."))
+    assert "\n[ inbound]" in text_of(told(asked, BOB)[-1])
+
+
+def test_a_long_ticket_costs_no_more_than_a_short_one(asked):
+    """One mail is looked for by its ids: not all that were ever sent about its ticket."""
+    steps = []
+    asked.store.write(lambda db, now: db.set_progress_handler(lambda: steps.append(1), 100))
+    spent = []
+    for count in (100, 900):
+        for number in range(count):
+            asked.clock.advance(90)
+            asked.post(asked.mail(message_id=f"<{count}-{number}@x>", text=str(number),
+                                  in_reply_to="<first@customer.example>"))
+        steps.clear()
+        asked.post(asked.mail(message_id=f"<{count}@x>", text="?",
+                              in_reply_to=f"<{count}-1@x> {told(asked, BOB)[-1]['Message-ID']}"))
+        spent.append(len(steps))
+    assert spent[1] < 2 * spent[0] + 10
 
 
 @pytest.mark.parametrize("sender", [BOB, "Bob@Team.Example", "bob+phone@team.example"])
