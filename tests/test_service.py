@@ -134,7 +134,8 @@ def test_a_live_servers_socket_is_left_alone(start, tmp_path):
 @pytest.mark.parametrize("place, words", [
     ("unix:file", "'unix:file': .*in use"), ("unix:none/here.sock", "No such file"),
     ("unix:" + "x" * 200, "too long"), ("unix:", "cannot listen"), ("unix:.", "in use"),
-    ("", "expected HOST:PORT"), ("127.0.0.1:99999", "port up to 65535"), ("127.0.0.1:none", "cannot listen")])
+    ("", "expected HOST:PORT"), ("127.0.0.1:99999", "port up to 65535"),
+    ("127.0.0.1:none", "cannot listen")])
 def test_what_is_no_place_to_listen_at_is_refused_in_a_sentence(tmp_path, place, words):
     file = tmp_path / "file"
     file.write_text("a letter")
