@@ -812,11 +812,11 @@ def at(value: Any, path: Any, missing: Any = None) -> Any:
 
     Of a tuple of paths the first that holds something.
     """
+    if path is None or path and not value:
+        return missing
     if isinstance(path, tuple):
         found = [at(value, each) for each in path]
         return next(filter(None, found), missing)
-    if path is None:
-        return missing
     if path in CANONICAL and isinstance(value, dict):   # the usual way, without the walk
         return value.get(path, missing)
     for step in filter(None, path.split(".")):
