@@ -236,7 +236,6 @@ class Filing:
     withheld: str = ""                  # why it is not to be confirmed; "" = it may be
 
 
-
 # -----------------------------------------------------------------------------------------
 # The app: one WSGI callable. Whatever happens inside, one answer and one log line come out.
 
@@ -453,13 +452,13 @@ def receive(store: Store, post: Post) -> Steps:
 @contextlib.contextmanager
 def one_heavy_at_a_time(body: bytes) -> Iterator[None]:
     """Let one large post be understood while others wait; Refused 503 after HEAVY_WAIT."""
-    lock = HEAVY_LOCK if len(body) > HEAVY else threading.Lock()
-    if not lock.acquire(timeout=HEAVY_WAIT):
+    if len(body) > HEAVY and not HEAVY_LOCK.acquire(timeout=HEAVY_WAIT):
         raise Refused(503, "too many large messages at once: send it again")
     try:
         yield
     finally:
-        lock.release()
+        if len(body) > HEAVY:
+            HEAVY_LOCK.release()
 
 
 def understand(reading: Reading, member: Any, post: Post) -> Filing | str:
@@ -1521,7 +1520,6 @@ def mailboxes_of(value: Any) -> list[tuple[str, str]]:
     return mailboxes
 
 
-
 def message_id_of(written: str, digest: str, headers: Headers, faults: Faults) -> str:
     """The Message-ID, of any length, with brackets; made of the content where it lacks."""
     for found in ids_of(written) or ids_of("<" + written.strip(' <>"') + ">"):
@@ -1722,7 +1720,6 @@ class Evidence:
 
 
 Test = Callable[[Evidence], object]
-
 
 
 def keyword(value: str) -> str:
@@ -2895,12 +2892,13 @@ def staff_of(db: DB, account: Row) -> Row:
     return staff
 
 
-def mails_about(db: DB, ticket: Row, mailbox: str | None, purposes: list[str],
-                most: int = -1) -> list[str]:
-    """Ids of what was sent to a person, or (None) to all, about a ticket."""
+def mails_about(db: DB, ticket: Row, mailbox: str, purposes: list[str],
+                most: int) -> list[str]:
+    """Ids of the last mails that went to a person about a ticket, the latest last."""
+    # +: by the ticket, not by all that ever went to one of the team.
     rows = db.execute("""SELECT own_message_id FROM message
         JOIN outbox ON outbox.message = message.id WHERE ticket = ?
-            AND ifnull(mailbox = ?, 1) AND purpose IN (SELECT value FROM json_each(?))
+            AND +mailbox = ? AND purpose IN (SELECT value FROM json_each(?))
         ORDER BY message.id DESC LIMIT ?""", [ticket["id"], mailbox, purposes, most])
     return [row["own_message_id"] for row in rows][::-1]
 
@@ -2938,19 +2936,17 @@ def file_for_team(db: DB, now: int, post: Post, filing: Filing, ticket: Row | No
     return answer
 
 
-NAMED = """
-    SELECT mailbox, purpose FROM outbox JOIN message ON message.id = message
-    WHERE ticket = ? AND own_message_id COLLATE NOCASE IN (SELECT value FROM json_each(?))
-        AND outbox.email_account = ? AND +purpose IN ('notice', 'summary')
-        AND purpose NOT IN ('confirmation', 'reply')"""     # its index
-
-
 def is_answer(db: DB, filing: Filing, ticket: Row, is_staff: bool) -> bool:
     """Whether a mail is the team's answer; Refused if it answers a notice and is none."""
     message = filing.message
     mailbox = mailbox_key(message.from_address)
-    ids = {each.lower() for each in message.in_reply_to + message.references}
-    notices = db.execute(NAMED, [ticket["id"], [*ids], ticket["email_account"]]).fetchall()
+    ids = message.in_reply_to + message.references
+    # By the ids' index: +, and what its WHERE says.
+    notices = db.execute("""SELECT mailbox, purpose FROM outbox JOIN message
+        ON message.id = message WHERE ticket = ? AND outbox.email_account = ?
+        AND own_message_id COLLATE NOCASE IN (SELECT value FROM json_each(?))
+        AND +purpose IN ('notice', 'summary') AND purpose NOT IN ('confirmation', 'reply')
+        """, [ticket["id"], ticket["email_account"], ids]).fetchall()
     if mailbox == mailbox_key(ticket["requester"]) or not notices:
         return False
     if not is_staff or {"mailbox": mailbox, "purpose": "notice"} not in notices:
@@ -3071,12 +3067,13 @@ def tell(db: DB, now: int, account: Row, ticket: Row, row: int, message: Message
     author, us = message.from_name or message.from_address, account["display_name"]
     notice = notice_text(db, ticket, row, message, words)
     for mailbox, address in staff_of(db, account).items():
+        if mailbox in involved:
+            continue
         purpose, text = "notice", notice
         if sent_lately(db, now, "notice", mailbox) >= account["notices_per_hour"]:
             purpose, text = "summary", SUMMARY.format(account["notices_per_hour"])
-        if mailbox in involved or purpose == "summary" and sent_lately(
-                db, now, purpose, mailbox):
-            continue
+            if sent_lately(db, now, "summary", mailbox):
+                continue
         with contextlib.suppress(Refused):      # no notice is worth the message
             enqueue(db, now, ticket, row, draft_mail(
                 account, now, address, NOTICE | {TOLD: ticket["reference"]}, text=text,
@@ -3287,7 +3284,7 @@ class TerseSMTPS(TerseSMTP, smtplib.SMTP_SSL):
 
 
 # -----------------------------------------------------------------------------------------
-# Serve: waitress in front, the courier beside it.
+# Serve: waitress in front, of whose requests one thread does the work, the courier beside.
 
 GREETING = """A new database. Whoever posts mail has to know this secret:\n\n  {secret}\n
 Paste this into your provider's inbound webhook, with your own https host name in it:\n
@@ -3459,7 +3456,8 @@ class Dispatcher:
                 jobs[channel] = job
             else:
                 self.answer(channel)
-        self.store.commit([*jobs.values()])
+        if jobs:                # a commit of nothing would wait for the lock all the same
+            self.store.commit([*jobs.values()])
         for channel in jobs:
             self.answer(channel)
 
@@ -3667,15 +3665,15 @@ def account_set(store: Store, setting: str, *more: str, account: str = "") -> An
             raise Usage(f"{name!r} is no setting{nearest(name, known)}: expected KEY=VALUE "
                         f"with a KEY of {', '.join(known)}")
         values[name] = value or None
-    if "queue" in values:       # a name that is new makes a queue
-        values["queue"] = store.write(run_one, """INSERT INTO queue (name) VALUES (?)
-            ON CONFLICT (name) DO UPDATE SET is_default = is_default RETURNING id""", [
-                values["queue"] or ""])[0]["id"]
     ours = {mailbox_key(row["address"]) for row in store.accounts()}
     for each in ADDRESSES(values.get("staff") or ""):
         if not deliverable(each) or mailbox_key(each) in ours:
             raise Refused(400, f"nobody can be told at {each!r}: expected an address that "
                                "we can write to, and none that is our own")
+    if "queue" in values:       # a name that is new makes a queue
+        values["queue"] = store.write(run_one, """INSERT INTO queue (name) VALUES (?)
+            ON CONFLICT (name) DO UPDATE SET is_default = is_default RETURNING id""", [
+                values["queue"] or ""])[0]["id"]
     change_account(store, account, values)
     changed = account_show(store, account=values.get("address", account))
     return {name: changed[name] for name in values}
@@ -3943,8 +3941,8 @@ def replay(store: Store, identifier: str) -> Row:
     return {"id": row["id"], **answer}
 
 
-def post_from_inside(store: Store, account: int | None, content_type: str, body: bytes,
-                     received_at: int = 0) -> Post:
+def post_from_inside(store: Store, account: int | None, content_type: str,
+                     body: bytes = b"", received_at: int = 0) -> Post:
     """A post for an account; for the default one, where that is gone."""
     accounts = store.rows("""SELECT * FROM email_account
         ORDER BY id = ? DESC, is_default DESC, id""", [account])
@@ -3969,7 +3967,7 @@ def import_(store: Store, path: str, *, account: str = "") -> Any:
     the mails' own dates, and confirming nothing. What is there already is not stored
     again: run it once more to go on where it ended.
     """
-    identifier = chosen_account(store, account)["id"]
+    post = post_from_inside(store, chosen_account(store, account)["id"], IMPORTED)
     files = [*Path(path).glob("cur/[!.]*"), *Path(path).glob("new/[!.]*")] or [Path(path)]
     if files[0].is_dir():
         raise Refused(404, f"{path!r} is a folder without mails in `cur` and `new`")
@@ -3982,9 +3980,8 @@ def import_(store: Store, path: str, *, account: str = "") -> Any:
             for mail in filter(bytes.strip, mails_in(file)):
                 status = "too_large"
                 if len(mail) <= MAX_BODY:
-                    post = post_from_inside(store, identifier, IMPORTED, mail)
-                    _, answer = Progress(receive(store, post)).finish(store)
-                    status = answer["status"]
+                    steps = receive(store, replace(post, body=mail))
+                    status = Progress(steps).finish(store)[1]["status"]
                 counts[status] += 1
                 done += len(mail)
     return counts

@@ -769,3 +769,8 @@ def test_words_outside_ascii_are_printed_whatever_the_locale(desk):
             [sys.executable, inbound.__file__, "--db", str(desk.path), "show", reference],
             capture_output=True, env={"PATH": "/usr/bin:/bin"} | environment)
         assert result.returncode == 0, result.stderr
+
+
+def test_account_set_that_is_refused_makes_no_queue(desk):
+    desk.run("account", "set", "queue=New", "staff=nobody", status=1)
+    assert desk.sql("SELECT name FROM queue ORDER BY name") == [("Automatic",), ("Support",)]

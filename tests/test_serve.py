@@ -123,6 +123,16 @@ def test_who_needs_no_commit_does_not_wait_for_one(
     assert order == [group[1], group[0]]
 
 
+def test_a_group_of_strangers_does_not_wait_for_another_s_commit(desk, loop):
+    loop.send(post_of("a", secret="w" * 32), post_of("b", secret="w" * 32))
+    group = loop.server.task_dispatcher.take()
+    serving = threading.Thread(target=loop.server.task_dispatcher.serve, args=[group])
+    with desk.store._lock:      # as it is while one waits for the lock or the disk
+        serving.start()
+        serving.join(10)
+        assert not serving.is_alive()
+
+
 def test_a_large_post_is_alone(loop):
     loop.send(post_of("a"), post_of("large", text="x" * inbound.GROUP), post_of("b"), post_of("c"))
     first = loop.server.task_dispatcher.take()
