@@ -68,6 +68,7 @@ import io
 import ipaddress
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -116,9 +117,10 @@ MAX_OWN_ID = 250            # characters; a longer id is stored but enters no he
 FIRST_REFERENCES = 20       # ids of References that are looked at from its beginning …
 LAST_REFERENCES = 80        # … and from its end, where the parent stands
 
-THREADS = 32                # of the server, of which one works …
+THREADS = 32                # of the server, of which one leads …
 PATIENCE = 0.05             # … and another where it is away for so many seconds
-GROUP = 2**17               # bytes of posts that share a sync; a larger one is alone
+LINGER = 0.002              # seconds in which it reads on, as long as requests come
+GROUP = 2**19               # bytes of posts that share a sync; a larger one is alone
 BUSY_TIMEOUT = 2.0          # seconds to wait for SQLite's lock, then 503. SIGTERM leaves 5
 REPLICATION = 2             # seconds to wait for the second machine, then 503
 REFUSALS_SHOWN = 3600       # seconds for which /healthz warns of a refused secret
@@ -490,8 +492,8 @@ def health(store: Store) -> Steps:
         rows = store.rows(TROUBLES, {
             "now": now, "free": 100 * disk.free / disk.total,
             "refused": sum(at > now - REFUSALS_SHOWN for at, _ in [*store.refusals])})
-    except Refused as refusal:
-        rows = [{"is_urgent": 1, "words": refusal.reason}]
+    except (Refused, OSError) as error:
+        rows = [{"is_urgent": 1, "words": str(error)}]
     urgent = [row["words"] for row in rows if row["is_urgent"]]
     if urgent:
         return 503, {"status": "degraded", "reasons": urgent}, None
@@ -2207,15 +2209,16 @@ class Store:
             self._close_writer()
         if self._writer is None:
             self.open()
+            self._files = {"": files_at(self.path).get("")}
             self._writer = self._connect()
-            self._files = {}
             self._replica = Replica(replica_socket)
             if self._replica.path:      # Litestream checkpoints what it has copied
                 self._writer.execute("PRAGMA wal_autocheckpoint = 0")
         wait = BUSY_TIMEOUT if time.monotonic() > self._locked_until else 0
         self._writer.execute(f"PRAGMA busy_timeout = {1000 * wait:.0f}")
         self._writer.execute("BEGIN IMMEDIATE")
-        self._files = self._files or files_at(self.path)
+        if len(self._files) == 1:       # now there is a -wal, too
+            self._files = files_at(self.path) | self._files
         return self._writer
 
     def _refuse_if_replaced(self) -> None:
@@ -3284,7 +3287,7 @@ class TerseSMTPS(TerseSMTP, smtplib.SMTP_SSL):
 
 
 # -----------------------------------------------------------------------------------------
-# Serve: waitress in front, of whose requests one thread does the work, the courier beside.
+# Serve: waitress in front, for which one thread does the work, the courier beside.
 
 GREETING = """A new database. Whoever posts mail has to know this secret:\n\n  {secret}\n
 Paste this into your provider's inbound webhook, with your own https host name in it:\n
@@ -3306,21 +3309,15 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080",
     The socket at unix:/path is for its owner and group. --trusted-proxy is the address of
     the proxy whose X-Forwarded-For names the client, or localhost: a socket's other end.
     """
-    import waitress  # the only verb that needs it
     keep_no_memory()
     dispatcher = Dispatcher(store)
     try:
         if trusted_proxy not in ("", "localhost"):
             ipaddress.ip_address(trusted_proxy)
         store.trusted_proxy = trusted_proxy
-        server = waitress.create_server(
-            make_app(store), _dispatcher=dispatcher, **place_of(listen), channel_timeout=30,
-            cleanup_interval=5, max_request_header_size=16384, connection_limit=1000,
-            asyncore_use_poll=True, max_request_body_size=MAX_BODY + 1,
-            clear_untrusted_proxy_headers=False)
+        server = create_server(store, dispatcher, listen)
     except (OSError, ValueError) as error:
         raise Refused(503, f"cannot listen on {listen!r}: {error}")
-    server.adj.send_bytes = 2**12       # an answer goes out whole, not its headers first
     for number in (signal.SIGTERM, signal.SIGINT):  # SystemExit: what is in flight ends
         signal.signal(number, lambda *_: sys.exit(0))
     stopping = threading.Event()
@@ -3332,16 +3329,32 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080",
         courier.start()
         greet(greeting, listen, server, store.accounts()[0]["inbound_secret"])
         notify("READY=1")
-        server.run()
+        dispatcher.start()
+        while not stopping.wait(1):     # it ends by a signal, of which only this thread
+            pass                        # hears, and none that comes as it falls asleep
     finally:
         notify("STOPPING=1")
         if listen.startswith("unix:"):  # first: while we listen it is nobody else's
             Path(listen[5:]).unlink(missing_ok=True)
+        dispatcher.shutdown()
         stopping.set()
         store.has_mail.set()
         server.close()
         if courier.is_alive():      # what it is sending is sent again when its lease ends
             courier.join(LOOK)
+
+
+def create_server(store: Store, dispatcher: Dispatcher, listen: str) -> Any:
+    """waitress, listening, for `dispatcher` to read what comes; OSError, ValueError."""
+    import waitress  # the only verb that needs it
+    server = waitress.create_server(
+        make_app(store), map=dispatcher.sockets, _dispatcher=dispatcher, **place_of(listen),
+        channel_timeout=30, cleanup_interval=5, connection_limit=1000, recv_bytes=2**16,
+        max_request_header_size=16384, max_request_body_size=MAX_BODY + 1,
+        clear_untrusted_proxy_headers=False)
+    server.adj.send_bytes = 2**8        # an answer goes out whole, not its headers first
+    dispatcher.poll = waitress.wasyncore.poll2
+    return server
 
 
 def keep_no_memory() -> None:
@@ -3392,62 +3405,93 @@ def notify(state: str) -> None:
 
 
 class Dispatcher:
-    """In the place of waitress's: one thread works, the others stand by.
+    """In the place of waitress's: of its threads one leads, the others stand by.
 
-    Threads that work at once gain nothing in Python and fight for the interpreter. The one
-    brings the requests that wait as far as their commit, has all of them committed by one
-    sync, and answers each. Another steps in where it is away: a lock, a heavy mail.
+    Threads that work at once gain nothing in Python and fight for the interpreter. Who
+    leads reads what has come, brings it as far as its commit, has all of it committed by
+    one sync, answers each, and reads again. Another takes the lead where it is away from
+    the sockets for long: a lock, a heavy mail. (As Leader/Followers: Schmidt, POSA 2.)
     """
 
     def __init__(self, store: Store):
         self.store = store
-        self.waiting: deque[Any] = deque()      # waitress's channels, each with a request
-        self.servers: set[Any] = set()
+        self.sockets: Row = {}                  # waitress's, by descriptor …
+        self.poll: Callable[[float, Row], Any]  # … and what reads them, and calls add_task
+        self.waiting: deque[Any] = deque()      # of them the channels with a request
         self.changed = threading.Condition()
-        self.worker: threading.Thread | None = None
-        self.since = 0.0                        # monotonic; when it took what it works at
+        self.leader: threading.Thread | None = None
+        self.left_at = 0.0                      # monotonic; inf = it is at the sockets
         self.is_watched = False                 # whether a thread looks if it is away
         self.is_over = False
+        self.next = threading.Lock()            # of who watches, while the rest sleeps
         self.threads = [threading.Thread(target=self.run, daemon=True)
                         for _ in range(THREADS)]
+
+    def start(self) -> None:
         for thread in self.threads:
             thread.start()
 
     def add_task(self, channel: Any) -> None:
         """waitress has read a request, which is the first of `channel.requests`."""
-        self.servers.add(channel.server)
-        with self.changed:
-            self.waiting.append(channel)
-            if not self.worker or not self.is_watched:
-                self.changed.notify()
+        self.waiting.append(channel)
 
     def run(self) -> None:
-        while group := self.take():
+        try:
+            while self.stand_by():
+                while self.lead():
+                    pass
+        except Exception:       # of the poll: nobody would read any more
+            log.critical("ending, to start anew", exc_info=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def stand_by(self) -> bool:
+        """Return True once it is this thread's turn to lead, False at the end."""
+        with self.next, self.changed:
+            while not self.is_over:
+                patience = self.left_at + PATIENCE - time.monotonic()
+                if patience <= 0:
+                    self.leader, self.left_at = threading.current_thread(), math.inf
+                    return True
+                self.is_watched = patience < math.inf
+                self.changed.wait(patience if self.is_watched else None)
+                self.is_watched = False
+        return False
+
+    def lead(self) -> bool:
+        """Read and serve once; return whether this thread leads still."""
+        if not self.is_over:
+            self.read()
+        if group := self.take():
+            with self.changed:
+                self.left_at = time.monotonic()
+                if not self.is_watched:
+                    self.changed.notify()
             self.serve(group)
+            with self.changed:
+                if self.leader is not threading.current_thread():
+                    return False
+                self.left_at = math.inf
+        return bool(self.waiting) or not self.is_over
+
+    def read(self) -> None:
+        """Wait for requests, then read what comes right behind: it shares their sync."""
+        known = len(self.waiting)
+        self.poll(0 if known else 1, self.sockets)
+        until = time.monotonic() + LINGER
+        while known < len(self.waiting) and time.monotonic() < until:
+            known = len(self.waiting)
+            self.poll(0, self.sockets)
 
     def take(self) -> list[Any]:
-        """The channels that this thread is to serve, once it is its turn; [] at the end."""
-        me = threading.current_thread()
-        with self.changed:
-            if self.worker is me:
-                self.worker = None
-            while not self.waiting or (
-                    self.worker and time.monotonic() < self.since + PATIENCE):
-                if self.is_over:
-                    return []
-                self.is_watched = bool(self.waiting)
-                self.changed.wait(PATIENCE if self.waiting else None)
-            self.worker, self.since, self.is_watched = me, time.monotonic(), False
-            group: list[Any] = []
-            size = 0
-            while self.waiting:
-                size += len(self.waiting[0].requests[0].body_rcv or b"")
-                if group and size > GROUP:
-                    break
-                group.append(self.waiting.popleft())
-            if self.waiting:
-                self.changed.notify()
-            return group
+        """The channels that are to be served together."""
+        group: list[Any] = []
+        size = 0
+        while self.waiting:
+            size += len(self.waiting[0].requests[0].body_rcv or b"")
+            if group and size > GROUP:
+                break
+            group.append(self.waiting.popleft())
+        return group
 
     def serve(self, group: list[Any]) -> None:
         jobs: dict[Any, Job] = {}
@@ -3489,12 +3533,16 @@ class Dispatcher:
         with self.changed:
             self.is_over = True
             self.changed.notify_all()
+        for each in [*self.sockets.values()]:       # wake who waits for requests
+            if hasattr(each, "pull_trigger"):
+                each.pull_trigger()
         ends = time.monotonic() + LOOK
         for thread in self.threads:
-            thread.join(max(0, ends - time.monotonic()))
-        for server in self.servers:
-            for channel in [*server.active_channels.values()]:
-                channel.handle_write()
+            if thread.is_alive():
+                thread.join(max(0, ends - time.monotonic()))
+        for each in [*self.sockets.values()]:
+            if each.writable():
+                each.handle_write()
 
 
 def run_courier(store: Store, stopping: threading.Event) -> None:

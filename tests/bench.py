@@ -244,8 +244,8 @@ def ceiling(path, is_synced):
 
     create, settings = waitress.create_server, settings_of_serve(path)
     print(settings)
-    server = create(app, listen="127.0.0.1:0", **settings)
-    server.adj.send_bytes = 2**12       # as serve does, which helps a ceiling as much
+    server = create(app, listen="127.0.0.1:0", asyncore_use_poll=True, **settings)
+    server.adj.send_bytes = 2**8        # as serve does, which helps a ceiling as much
     print(f"http://127.0.0.1:{server.effective_port}/", flush=True)
     server.run()
 
@@ -265,7 +265,7 @@ def settings_of_serve(path):
     with contextlib.suppress(KeyboardInterrupt), contextlib.redirect_stdout(io.StringIO()):
         program.main(["--db", f"{path}.db", "serve", "--listen", "127.0.0.1:0"])
     taken = taken or {"threads": 4, "asyncore_use_poll": True}      # serve goes another way
-    places = ("listen", "host", "port", "sockets", "unix_socket", "unix_socket_perms")
+    places = ("listen", "host", "port", "sockets", "unix_socket", "unix_socket_perms", "map")
     return {name: value for name, value in taken.items() if not name.startswith("_")
             and name not in places}
 

@@ -571,6 +571,32 @@ def test_no_200_for_what_a_replaced_file_took_along(desk, clock, fault):
     assert lost.status_int == 503 and desk.path.name in lost.json["error"]
 
 
+@pytest.mark.parametrize("fault", ["a copy in its place", "deleted"])
+def test_no_200_where_the_file_is_replaced_while_it_is_opened(desk, monkeypatch, fault):
+    desk.post(desk.mail())
+    desk.store.let_go()                             # the writer; the reader stays
+    copy = desk.path.with_suffix(".copy")
+    copy.write_bytes(desk.path.read_bytes())
+    connect = inbound.Store._connect
+
+    def connect_late(store):
+        db = connect(store)
+        db.execute("SELECT * FROM queue").fetchall()
+        if desk.path.stat().st_ino != copy.stat().st_ino:
+            os.replace(copy, desk.path) if fault != "deleted" else desk.path.unlink()
+        return db
+
+    monkeypatch.setattr(inbound.Store, "_connect", connect_late)
+    monkeypatch.setattr(inbound.Store, "open", lambda store: None)
+    assert desk.request(desk.mail(message_id="<lost@customer.example>")).status_int == 503
+
+
+def test_what_is_gone_after_the_rehearsal_is_a_503_too(desk, monkeypatch):
+    monkeypatch.setattr(inbound.shutil, "disk_usage", lambda path: os.stat(path + ".gone"))
+    status, answer = desk.health()
+    assert status == 503 and "inbound.db.gone" in str(answer)
+
+
 def test_a_copy_put_in_the_file_s_place_is_used_as_it_is(desk, clock):
     desk.post(desk.mail())
     replace(desk, clock)

@@ -1,11 +1,14 @@
-"""The Dispatcher that stands in waitress's place: who shares a sync, and who waits for whom."""
+"""The Dispatcher that stands in waitress's place: who leads, who shares a sync and with whom."""
 
 import base64
+import contextlib
+import inspect
 import json
 import os
 import re
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -27,21 +30,12 @@ def post_of(name, secret=SECRET, **fields):
             f"Content-Length: {len(body)}\r\n\r\n").encode() + body
 
 
-@pytest.fixture
-def dispatcher(desk):
-    made = inbound.Dispatcher(desk.store)
-    yield made
-    made.shutdown()
-
-
 class Loop:
-    """waitress with a dispatcher, and clients that have sent what they are given."""
+    """waitress with a Dispatcher, and clients that have sent what they are given."""
 
-    def __init__(self, desk, dispatcher):
-        self.server = waitress.server.create_server(
-            inbound.make_app(desk.store), map={}, _dispatcher=dispatcher, listen="127.0.0.1:0",
-            asyncore_use_poll=True)
-        self.server.adj.send_bytes = 4096
+    def __init__(self, desk):
+        self.dispatcher = inbound.Dispatcher(desk.store)
+        self.server = inbound.create_server(desk.store, self.dispatcher, "127.0.0.1:0")
         self.clients = []
 
     def send(self, *pieces):
@@ -55,11 +49,10 @@ class Loop:
 
     def has_read(self):
         self.turn()
-        dispatcher = self.server.task_dispatcher
-        return dispatcher.threads or len(dispatcher.waiting) == len(self.clients)
+        return len(self.dispatcher.waiting) == len(self.clients)
 
     def turn(self):
-        waitress.wasyncore.poll2(0.01, self.server._map)
+        waitress.wasyncore.poll2(0.01, self.dispatcher.sockets)
 
     def answers(self):
         """The status of each client's answer."""
@@ -75,14 +68,13 @@ class Loop:
     def close(self):
         for client in self.clients:
             client.close()
-        waitress.wasyncore.close_all(self.server._map)
+        waitress.wasyncore.close_all(self.dispatcher.sockets)
 
 
 @pytest.fixture
-def loop(desk, monkeypatch):
-    """A Loop whose dispatcher has no threads: the test takes and serves itself."""
-    monkeypatch.setattr(inbound, "THREADS", 0)
-    made = Loop(desk, inbound.Dispatcher(desk.store))
+def loop(desk):
+    """A Loop whose Dispatcher was not started: the test reads, takes and serves itself."""
+    made = Loop(desk)
     yield made
     made.close()
 
@@ -90,7 +82,17 @@ def loop(desk, monkeypatch):
 def test_what_is_relied_on_of_waitress_is_there():
     assert Adjustments(listen="127.0.0.1:0").send_bytes == 1
     assert HTTPChannel.task_class.get_environment and HTTPChannel.service
-    assert "_dispatcher" in waitress.server.create_server.__code__.co_varnames
+    arguments = inspect.signature(waitress.server.create_server).parameters
+    assert {"map", "_dispatcher"} <= arguments.keys()
+    assert [*inspect.signature(waitress.wasyncore.poll2).parameters] == ["timeout", "map"]
+
+
+def test_who_waits_at_the_sockets_can_be_woken(loop):
+    assert [each for each in loop.dispatcher.sockets.values() if hasattr(each, "pull_trigger")]
+    loop.server.pull_trigger()
+    began = time.monotonic()
+    waitress.wasyncore.poll2(20, loop.dispatcher.sockets)
+    assert time.monotonic() - began < 10
 
 
 def test_requests_that_wait_share_a_commit_and_each_has_its_answer(desk, loop):
@@ -99,9 +101,9 @@ def test_requests_that_wait_share_a_commit_and_each_has_its_answer(desk, loop):
     loop.send(*(post_of(f"n{number}") for number in range(8)), b"GET /healthz HTTP/1.0\r\n\r\n",
               post_of("stranger", secret="w" * 32), b"nonsense\r\n\r\n",
               post_of("broken", **{"from": "nobody at all"}))
-    group = loop.server.task_dispatcher.take()
+    group = loop.dispatcher.take()
     statements.clear()
-    loop.server.task_dispatcher.serve(group)
+    loop.dispatcher.serve(group)
     loop.turn()
     assert loop.answers() == ["200"] * 9 + ["401", "400", "422"]
     assert statements.count("COMMIT") == 1
@@ -111,13 +113,13 @@ def test_requests_that_wait_share_a_commit_and_each_has_its_answer(desk, loop):
 def test_who_needs_no_commit_does_not_wait_for_one(
         desk, loop, impatient, monkeypatch):
     loop.send(post_of("ada"), post_of("stranger", secret="w" * 32))
-    group = loop.server.task_dispatcher.take()
+    group = loop.dispatcher.take()
     with desk.locked():
         order = []
         service = HTTPChannel.service
         monkeypatch.setattr(
             HTTPChannel, "service", lambda self: (order.append(self), service(self)))
-        loop.server.task_dispatcher.serve(group)
+        loop.dispatcher.serve(group)
         loop.turn()
     assert loop.answers() == ["503", "401"]
     assert order == [group[1], group[0]]
@@ -125,8 +127,8 @@ def test_who_needs_no_commit_does_not_wait_for_one(
 
 def test_a_group_of_strangers_does_not_wait_for_another_s_commit(desk, loop):
     loop.send(post_of("a", secret="w" * 32), post_of("b", secret="w" * 32))
-    group = loop.server.task_dispatcher.take()
-    serving = threading.Thread(target=loop.server.task_dispatcher.serve, args=[group])
+    group = loop.dispatcher.take()
+    serving = threading.Thread(target=loop.dispatcher.serve, args=[group])
     with desk.store._lock:      # as it is while one waits for the lock or the disk
         serving.start()
         serving.join(10)
@@ -135,24 +137,25 @@ def test_a_group_of_strangers_does_not_wait_for_another_s_commit(desk, loop):
 
 def test_a_large_post_is_alone(loop):
     loop.send(post_of("a"), post_of("large", text="x" * inbound.GROUP), post_of("b"), post_of("c"))
-    first = loop.server.task_dispatcher.take()
-    dispatcher = loop.server.task_dispatcher
-    assert [len(group) for group in (first, dispatcher.take(), dispatcher.take())] == [1, 1, 2]
-    assert not dispatcher.waiting
+    sizes = []
+    while group := loop.dispatcher.take():
+        sizes.append(len(group))
+        loop.dispatcher.serve(group)
+    assert sizes == [1, 1, 2]
 
 
 def test_what_a_request_held_is_given_back(loop):
     loop.send(post_of("ada"))
-    [channel] = loop.server.task_dispatcher.take()
-    loop.server.task_dispatcher.serve([channel])
+    [channel] = loop.dispatcher.take()
+    loop.dispatcher.serve([channel])
     assert channel.requests == [] and "task_class" not in vars(channel)
 
 
 def test_a_bug_before_the_commit_is_answered_and_costs_nobody_else(desk, loop, monkeypatch):
     loop.send(post_of("a"), post_of("b"))
-    group = loop.server.task_dispatcher.take()
+    group = loop.dispatcher.take()
     monkeypatch.setattr(group[0].task_class, "get_environment", fails_for(group[0]))
-    loop.server.task_dispatcher.serve(group)
+    loop.dispatcher.serve(group)
     loop.turn()
     assert loop.answers() == ["500", "200"]
     assert desk.count("ticket") == 1
@@ -183,30 +186,102 @@ def test_another_thread_steps_in_where_the_one_is_away(serve):
     assert not late.is_alive()
 
 
-def test_threads_do_not_work_at_once(desk, dispatcher):
-    """Of many that are woken one works; `changed` is where the others stand by."""
-    at_work, most = [], []
+class Work:
+    """What a poll brings: `count` channels, whose requests do nothing, one at each look."""
 
-    class Channel:
-        server = type("Server", (), {"active_channels": {}})
-        requests = [type("Request", (), {"body_rcv": b"x", "error": None})]
+    def __init__(self, dispatcher, count):
+        self.dispatcher, self.count = dispatcher, count
+        self.at_work, self.most, self.done = [], [], threading.Semaphore(0)
 
-        def task_class(self, *_):
-            return type("Task", (), {"request": self.requests[0],
-                                     "get_environment": lambda task: 1 / 0})()
+    def poll(self, seconds, sockets):
+        with busy(self):
+            if self.count:
+                self.count -= 1
+                self.dispatcher.add_task(Channel(self))
+            else:
+                time.sleep(min(seconds, 0.01))      # as select does while nothing comes
 
-        def service(self):
-            at_work.append(self)
-            most.append(len(at_work))
-            at_work.remove(self)
-            done.release()
+    def answer(self):
+        with busy(self):
+            self.done.release()
 
-    done = threading.Semaphore(0)
+
+@contextlib.contextmanager
+def busy(work):
+    work.at_work.append(threading.current_thread())
+    work.most.append(len(work.at_work))
+    yield
+    work.at_work.pop()
+
+
+class Channel:
+    requests = [type("Request", (), {"body_rcv": b"x", "error": None})]
+
+    def __init__(self, work):
+        self.service = work.answer
+
+    def task_class(self, *_):
+        return type("Task", (), {"get_environment": lambda task: 1 / 0})()
+
+
+def test_one_thread_reads_and_serves(desk):
+    dispatcher = inbound.Dispatcher(desk.store)
+    work = Work(dispatcher, 200)
+    dispatcher.poll = work.poll
+    dispatcher.start()
     for _ in range(200):
-        dispatcher.add_task(Channel())
-    for _ in range(200):
-        assert done.acquire(timeout=10)
+        assert work.done.acquire(timeout=10)
+    dispatcher.shutdown()
+    assert max(work.most) == 1
+
+
+def test_who_comes_back_to_a_lead_that_another_took_stands_by(desk, monkeypatch):
+    """Two are at work then, but only one is at the sockets."""
+    dispatcher = inbound.Dispatcher(desk.store)
+    at_sockets, most, away, back = [], [], threading.Event(), threading.Event()
+    wanted, served = threading.Semaphore(1), threading.Semaphore(0)
+
+    def poll(seconds, sockets):
+        at_sockets.append(1)
+        most.append(len(at_sockets))
+        if wanted.acquire(timeout=min(seconds, 0.01)):
+            dispatcher.waiting.append("quick" if away.is_set() else "slow")
+        at_sockets.pop()
+
+    def serve(group):
+        if "slow" in group:
+            away.set()
+            back.wait(20)
+        served.release()
+
+    monkeypatch.setattr(dispatcher, "take", lambda: [
+        dispatcher.waiting.popleft() for _ in range(len(dispatcher.waiting))])
+    monkeypatch.setattr(dispatcher, "serve", serve)
+    dispatcher.poll = poll
+    dispatcher.start()
+    assert away.wait(10)
+    for _quick in range(20):
+        wanted.release()
+        assert served.acquire(timeout=10)       # while the slow one is away
+    back.set()
+    assert served.acquire(timeout=10)
+    for _quick in range(20):
+        wanted.release()
+        assert served.acquire(timeout=10)
+    dispatcher.shutdown()
     assert max(most) == 1
+    assert not any(thread.is_alive() for thread in dispatcher.threads)
+
+
+def test_a_poll_that_fails_ends_the_server_loudly(desk, monkeypatch, caplog):
+    killed = threading.Event()
+    monkeypatch.setattr(inbound.os, "kill", lambda *_: killed.set())
+    dispatcher = inbound.Dispatcher(desk.store)
+    dispatcher.poll = lambda *_: 1 / 0
+    dispatcher.start()
+    assert killed.wait(10)
+    dispatcher.shutdown()
+    assert "ending, to start anew" in caplog.text
 
 
 def test_requests_in_one_piece_are_answered_in_their_order(serve):
@@ -228,19 +303,15 @@ def test_an_answer_leaves_in_one_piece(serve):
         assert client.recv(65536).endswith(b"}\n")
 
 
-def test_a_stop_sends_the_answers_that_were_due(desk, monkeypatch):
-    monkeypatch.setattr(inbound, "THREADS", 1)
-    made = Loop(desk, inbound.Dispatcher(desk.store))
-    made.send(post_of("ada"))
-
-    def is_stored():
-        made.turn()
-        return desk.count("ticket")
-
-    eventually(is_stored)
-    made.server.task_dispatcher.shutdown()      # after which waitress's loop turns no more
-    assert made.clients[0].recv(65536).startswith(b"HTTP/1.1 200")
-    made.close()
+def test_a_stop_serves_what_was_read_and_sends_the_answers(desk, loop, monkeypatch):
+    loop.send(post_of("ada"), b"GET / HTTP/1.0\r\n\r\n")     # whose answer is short
+    stopped = threading.Event()
+    loop.dispatcher.poll = lambda seconds, sockets: stopped.wait(10)
+    loop.dispatcher.start()
+    monkeypatch.setattr(loop.server.trigger, "pull_trigger", stopped.set)
+    loop.dispatcher.shutdown()
+    loop.turn()
+    assert loop.answers() == ["200", "404"]
 
 
 def test_the_memory_of_a_large_mail_is_given_back(serve):
@@ -262,7 +333,7 @@ def resident(served):
 
 def test_what_waitress_raises_ends_no_thread_and_costs_nobody_else(desk, loop, monkeypatch):
     loop.send(post_of("a", secret="w" * 32), post_of("b"), post_of("c"))
-    group = loop.server.task_dispatcher.take()
+    group = loop.dispatcher.take()
     service = HTTPChannel.service
 
     def service_of(channel):
@@ -271,6 +342,6 @@ def test_what_waitress_raises_ends_no_thread_and_costs_nobody_else(desk, loop, m
             raise ValueError("Can't skip 255 bytes in buffer of 0 bytes")
 
     monkeypatch.setattr(HTTPChannel, "service", service_of)
-    loop.server.task_dispatcher.serve(group)
+    loop.dispatcher.serve(group)
     loop.turn()
     assert loop.answers() == ["401", "200", "200"]
