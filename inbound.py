@@ -253,7 +253,8 @@ Answer = tuple[int, Row, "str | None"]      # status, JSON object, text in its p
 Steps = Generator[tuple[Any, ...], Any, Any]
 Start = Callable[..., Any]                  # WSGI's start_response
 Wsgi = Callable[[Row, Start], list[bytes]]
-PROGRESS = "inbound.progress"               # of a request; key of its environ
+PROGRESS = "inbound.progress"               # of a request; keys of its environ
+SHARED = "inbound.shared"                   # what requests read that came together
 
 
 def make_app(store: Store) -> Wsgi:
@@ -530,9 +531,12 @@ def authenticate(store: Store, environ: Row) -> tuple[Post, bool]:
 
     Refused 503 while no account has a secret (so that providers keep the mail), else 401.
     """
-    accounts = store.rows("""SELECT *, inbound_secret AS secret FROM email_account
+    shared = environ.get(SHARED, {})
+    accounts = shared.get("accounts") or store.rows("""
+        SELECT *, inbound_secret AS secret FROM email_account
         UNION ALL SELECT *, previous_secret FROM email_account
         WHERE previous_secret_until > ?""", [store.now()])
+    shared["accounts"] = accounts
     known = [account for account in accounts if account["secret"]]
     if not known:
         raise Refused(503, "no secret is set yet: run `inbound secret rotate`")
@@ -624,6 +628,7 @@ FORM = "application/x-www-form-urlencoded"
 RAW_FIELDS = ("email", "message", "body-mime")  # of forms: a mail has charsets of its own
 FROM_HEADERS = ("from", "to", "cc", "subject")  # fields that a header stands in for
 HEADER_START = re.compile(rb"From |[!-9;-~]+:(?:[ \t]|\r?\n[ \t])")
+STRICT_JSON = json.JSONDecoder(parse_constant=int)      # int("NaN") raises
 JSON_MARK = re.compile(r'\\.|["\[\]{},]', re.S)
 CLOSERS = {"[": "]", "{": "}"}
 
@@ -760,7 +765,7 @@ def parse_json(body: bytes) -> Fields:
     try:
         text = body.decode("utf-8-sig")
         within = within_json_budget(text)
-        value = json.loads(within, parse_constant=int)      # int("NaN") raises
+        value = STRICT_JSON.decode(within)
     except (ValueError, RecursionError) as error:       # UnicodeDecodeError is the former
         reason = printable(str(error))[:200]
         raise Refused(400, f"the body is not JSON in UTF-8: {reason}")
@@ -1008,16 +1013,16 @@ def base64_decoded(content: bytes | memoryview) -> bytes:
 # that alone.
 
 # Canonical name → what it has to be, in words and in types. A number is a string, too.
-CANONICAL: dict[str, tuple[Any, ...]] = {
+CANONICAL: dict[str, tuple[str, tuple[Any, ...]]] = {
     **dict.fromkeys(
-        ("from", "to", "cc"), ("a mailbox or a list of them", str, list, dict)),
+        ("from", "to", "cc"), ("a mailbox or a list of them", (str, list, dict))),
     **dict.fromkeys(
-        ("from_name", "subject", "text", "html", "message_id"), ("a string", str)),
+        ("from_name", "subject", "text", "html", "message_id"), ("a string", (str,))),
     **dict.fromkeys(
-        ("in_reply_to", "references"), ("a string or a list", str, list)),
-    "headers": ("an object of names and values", dict, list, str),
-    "envelope": ("an object whose `from` is a string or null", dict),
-    "attachments": ("a list of objects", list)}
+        ("in_reply_to", "references"), ("a string or a list", (str, list))),
+    "headers": ("an object of names and values", (dict, list, str)),
+    "envelope": ("an object whose `from` is a string or null", (dict,)),
+    "attachments": ("a list of objects", (list,))}
 # Canonical name, or header (with a capital) → what providers call it, in lower case and
 # without punctuation; of several the first that holds something.
 SPELLINGS = {name: tuple(words.split()) for name, words in {
@@ -1282,6 +1287,10 @@ def mail_of(provider: Provider, post: Any) -> Mail:
     """The canonical dict of a post whose fields live where `provider` says."""
     if not isinstance(post, dict):
         raise ValueError(f"a mail is {type(post).__name__}, expected an object")
+    named = {name: at(post, path) for name, path in provider.fields.items()
+             if name in CANONICAL}
+    if provider.place is None:
+        return {"attachments": []} | named
     known = spelled(at(post, provider.place))
     raw = raw_mail_of(at(post, provider.raw))
     if raw:
@@ -1292,11 +1301,10 @@ def mail_of(provider: Provider, post: Any) -> Mail:
         mail["attachments"] = [
             file for files in listed for file in items_of(json_in(files) or files)
             if isinstance(file, dict)]
-        mail |= {name: at(post, path) for name, path in provider.fields.items()
-                 if name in CANONICAL}
+        mail |= named
         if provider.mend:
             provider.mend(post, mail)
-        if provider.place is not None and not any(mail.values()):
+        if not any(mail.values()):
             raise Refused(422, f"nothing in it reads as a mail of {provider.name}")
     mail["verdict"] = at(known, VERDICT)
     if provider.envelope_from:
@@ -1385,11 +1393,11 @@ def normalise(mail: Mail, is_strict: bool) -> Message:
 def typed(mail: Mail, faults: Faults) -> Mail:
     """The canonical fields of a mail, each of its type: empty if null or of another."""
     fields: Mail = {}
-    for name, (expected, *types) in CANONICAL.items():
+    for name, (expected, types) in CANONICAL.items():
         value = mail.get(name)
         if types[0] is str and type(value) in (str, int, float):
             value = clean(str(value))
-        if value is not None and not isinstance(value, tuple(types)):
+        elif value is not None and not isinstance(value, types):
             faults[name] = f"expected {expected}, not {type(value).__name__}"
             value = None
         fields[name] = value or types[0]()
@@ -1587,8 +1595,11 @@ def digest_of(from_address: str, subject: str, text: str, markup: str,
     The same in every version, or a repeat of an older mail would be a second message.
     """
     files = [f"{item.filename}:{item.sha256}" for item in attachments]
-    written = json.dumps([from_address.lower(), subject, text, markup, *files])
-    return hashlib.sha256(written.replace(r"\r\n", r"\n").encode()).hexdigest()
+    parts = [from_address.lower(), subject, text, markup, *files]
+    written = json.dumps(parts)
+    if any("\r" in part or "\\" in part for part in parts):      # else there is no \r\n
+        written = written.replace(r"\r\n", r"\n")
+    return hashlib.sha256(written.encode()).hexdigest()
 
 
 def clean(text: str) -> str:
@@ -2029,7 +2040,7 @@ def mailbox_key(address: str) -> str:
 #
 # WAL with synchronous=FULL: SQLite's defaults lose acknowledged rows on a power cut. Of a
 # process only the writer checkpoints: before 3.51.3 SQLite may corrupt a file that two do
-# it to at once. At 10,000 pages, 40 MB of -wal: a page that many mails change is then
+# it to at once. At 5,000 pages, 20 MB of -wal: a page that many mails change is then
 # written back once.
 #
 # Where there is a second machine, stored means there, too: Litestream copies the file, and
@@ -2107,7 +2118,7 @@ class Store:
             column[0]: value for column, value in zip(cursor.description, row)}
         # We do not set trusted_schema=OFF: SQLite 3.40 then refuses json_valid in a CHECK.
         for setting in ("synchronous = FULL", "secure_delete = ON", "foreign_keys = ON",
-                        f"wal_autocheckpoint = {10_000 * self.checkpoints}"):
+                        f"wal_autocheckpoint = {5_000 * self.checkpoints}"):
             db.execute(f"PRAGMA {setting}")
         return db
 
@@ -3495,8 +3506,9 @@ class Dispatcher:
 
     def serve(self, group: list[Any]) -> None:
         jobs: dict[Any, Job] = {}
+        shared: Row = {}
         for channel in group:
-            if job := self.begin(channel):
+            if job := self.begin(channel, shared):
                 jobs[channel] = job
             else:
                 self.answer(channel)
@@ -3511,7 +3523,7 @@ class Dispatcher:
         except Exception:       # waitress: a 100 Continue to who has hung up
             log.exception("while answering")
 
-    def begin(self, channel: Any) -> Job | None:
+    def begin(self, channel: Any, shared: Row) -> Job | None:
         """Bring a request as far as it comes without a commit; return what it wants."""
         if channel.requests[0].error:       # waitress answers that itself
             return None
@@ -3524,6 +3536,7 @@ class Dispatcher:
         channel.task_class = same_task      # for channel.service(), which makes its own
         with contextlib.suppress(Exception):        # is raised, logged and answered there
             environ = task.get_environment()
+            environ[SHARED] = shared
             progress = environ[PROGRESS] = Progress(answered(self.store, environ))
             return progress.job
         return None

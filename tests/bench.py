@@ -42,6 +42,7 @@ import wsgiref.util
 from importlib.metadata import version
 from pathlib import Path
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)     # what is installed is compiled but once
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 ENDPOINT = "/api/helpdesk/inbound-email"

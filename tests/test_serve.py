@@ -135,6 +135,22 @@ def test_a_group_of_strangers_does_not_wait_for_another_s_commit(desk, loop):
         assert not serving.is_alive()
 
 
+def test_requests_that_come_together_read_the_settings_once_and_the_next_anew(
+        desk, loop, monkeypatch):
+    read, rows = [], desk.store.rows
+    monkeypatch.setattr(desk.store, "rows", lambda query, parameters=(): (
+        read.append("secret" in query), rows(query, parameters))[1])
+    loop.send(*(post_of(f"n{number}") for number in range(3)), post_of("x", secret="w" * 32))
+    loop.dispatcher.serve(loop.dispatcher.take())
+    assert read.count(True) == 1
+    desk.set_account(inbound_secret="w" * 32)
+    loop.clients.clear()
+    loop.send(post_of("a"), post_of("b", secret="w" * 32))
+    loop.dispatcher.serve(loop.dispatcher.take())
+    loop.turn()
+    assert loop.answers() == ["401", "200"]
+
+
 def test_a_large_post_is_alone(loop):
     loop.send(post_of("a"), post_of("large", text="x" * inbound.GROUP), post_of("b"), post_of("c"))
     sizes = []
