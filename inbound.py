@@ -3781,25 +3781,31 @@ def show(store: Store, reference: str, *, last: int = -1) -> Any:
     Print a ticket: its messages, and why each was treated as it was.
     """
     ticket = ticket_of(store, reference)
-    messages = store.rows("""SELECT direction, message_id, in_reply_to, "references",
-        from_address AS "from", from_name, envelope_from, "to", cc, subject, text, html,
-        headers, kind, reason, confirmation, notes, received_at, id FROM message
-        WHERE ticket = ? ORDER BY id DESC LIMIT ?""", [ticket["id"], last])[::-1]
-    text = "{reference} ({status}, {queue}): {subject} <{requester}>\n".format(**ticket)
-    for message in messages:
+    names = ("reference", "queue", "status", "subject", "requester")
+    text = "{reference} ({status}, {queue}): {subject} <{requester}>".format(**ticket)
+    return {name: ticket[name] for name in names}, text, messages_of(store, ticket, last)
+
+
+def messages_of(store: Store, ticket: Row, last: int) -> Iterator[tuple[Row, str]]:
+    """(object, text) of each message of a ticket, one by one: there may be thousands."""
+    ids = store.rows("SELECT id FROM message WHERE ticket = ? ORDER BY id DESC LIMIT ?", [
+        ticket["id"], last])
+    for message in (message for row in reversed(ids) for message in store.rows("""
+            SELECT direction, message_id, in_reply_to, "references", from_address AS "from",
+                from_name, envelope_from, "to", cc, subject, text, html, headers, kind,
+                reason, confirmation, notes, received_at, id
+            FROM message WHERE id = ?""", [row["id"]])):
         for name in ("references", "to", "cc", "headers", "notes"):
             message[name] = json.loads(message[name])
         message["attachments"] = store.rows("""SELECT id, filename, content_type,
             content_id, size, sha256, note FROM attachment WHERE message = ?
             ORDER BY id""", [message.pop("id")])
-        text += MESSAGE_HEAD.format(**readable(message))
+        text = MESSAGE_HEAD.format(**readable(message))
         for note in message["notes"]:
             text += f"    note: {note}\n"
         for each in message["attachments"]:
             text += ATTACHMENT_LINE.format(**each)
-        text += f"\n{message['text'].rstrip()}\n"
-    names = ("reference", "queue", "status", "subject", "requester")
-    return {name: ticket[name] for name in names} | {"messages": messages}, text
+        yield message, f"{text}\n{message['text'].rstrip()}"
 
 
 def ticket_of(store: Store, reference: str) -> Row:
@@ -4343,16 +4349,32 @@ def options_of(function: Any, given: Row, words: list[str]) -> Row:
 
 
 def print_result(result: Any, is_json: bool) -> None:
-    """Print what a verb returned. Control characters do not reach the terminal."""
-    rows, text = result if isinstance(result, tuple) else (result, None)
+    """Print what a verb returned: rows; a text in their place; messages, one by one."""
+    rows, text, *more = result if isinstance(result, tuple) else (result, None)
     if is_json:
-        text = json.dumps(rows, indent=1).replace("\x7f", r"\u007f")
+        text = as_json(rows)
+        if more:
+            text = text.removesuffix("\n}") + ',\n "messages": ['
     elif text is None and isinstance(rows, list):
         text = table_of(rows)
     elif text is None:
         text = "\n".join(map("=".join, readable(rows).items()))
+    print(harmless(text))
+    for messages in more:
+        for place, (message, text) in enumerate(messages):
+            print(harmless("," * bool(place) + as_json(message) if is_json else text))
+        if is_json:
+            print("]}")
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, indent=1).replace("\x7f", r"\u007f")
+
+
+def harmless(text: str) -> str:
+    """A text whose control characters do not reach the terminal."""
     text = text.replace("\r\n", "\n").rstrip("\n")
-    print(re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", "?", text))
+    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
 
 
 def readable(row: Row) -> dict[str, str]:

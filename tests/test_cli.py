@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -774,3 +775,30 @@ def test_words_outside_ascii_are_printed_whatever_the_locale(desk):
 def test_account_set_that_is_refused_makes_no_queue(desk):
     desk.run("account", "set", "queue=New", "staff=nobody", status=1)
     assert desk.sql("SELECT name FROM queue ORDER BY name") == [("Automatic",), ("Support",)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_long_ticket_is_shown_in_little_memory(desk, flags):
+    reference = desk.post(desk.mail())["ticket"]
+    peaks = []
+    for messages in (20, 1000):
+        desk.store.write(lambda db, now, count=messages: db.execute("""
+            WITH RECURSIVE counted(n) AS (
+                SELECT 1 UNION ALL SELECT n + 1 FROM counted WHERE n < ?)
+            INSERT INTO message SELECT NULL, ticket, email_account, direction, message_id || n,
+                digest, in_reply_to, "references", from_address, from_name, envelope_from, "to", cc,
+                subject, hex(zeroblob(50000)), html, headers, kind, reason, confirmation, notes,
+                received_at
+            FROM counted JOIN message ON message.id = 1""", [count]))
+        script = ("import inbound, re, sys; inbound.main(); "
+                  "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])")
+        shown = subprocess.run(
+            [sys.executable, "-c", script, "--db", str(desk.path), "show", reference, *flags],
+            capture_output=True, text=True, check=True, cwd=Path(inbound.__file__).parent).stdout
+        body, _, peak = shown.rstrip().rpartition("\n")
+        assert shown.count("0" * 100_000) == messages
+        assert not flags or len(json.loads(body)["messages"]) == desk.count("message")
+        peaks.append(int(peak))
+        desk.store.write(lambda db, now: db.execute("DELETE FROM message WHERE id > 2"))
+    assert peaks[1] < peaks[0] + 10_000, peaks      # KB
