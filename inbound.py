@@ -623,7 +623,7 @@ RAW_FIELDS = ("email", "message", "body-mime")  # of forms: a mail has charsets 
 FROM_HEADERS = ("from", "to", "cc", "subject")  # fields that a header stands in for
 HEADER_START = re.compile(rb"From |[!-9;-~]+:(?:[ \t]|\r?\n[ \t])")
 JSON_MARK = re.compile(r'\\.|["\[\]{},]', re.S)
-CLOSERS = {"[": "]", "{": "}"}
+CLOSERS = {"[": "]", "{": "}", '"': '"'}
 
 
 class Fields(Row):
@@ -654,10 +654,10 @@ def read(post: Post, own_providers: Callable[[], Any]) -> Reading:
                                "the table `provider`, then `inbound rejected replay`, or "
                                "send the canonical body (`from`, `message_id`, …)")
         provider = CANONICAL_BODY
-    members = members_of(provider, fields) if provider.batch else [fields]
+    members = members_of(provider, fields) if provider.is_batch else [fields]
     return Reading(
         provider.name, members, functools.partial(mail_of, provider), cut=fields.cut,
-        is_batch=bool(provider.batch), notice=f"{provider.name} posted no mail")
+        is_batch=provider.is_batch, notice=f"{provider.name} posted no mail")
 
 
 def fields_of(content_type: str, body: bytes) -> Fields | bytes:
@@ -685,7 +685,7 @@ def fields_of(content_type: str, body: bytes) -> Fields | bytes:
     return parse_json(body)
 
 
-FormField = tuple[str, "Row | None", bytes]         # name, what tells of a file, content
+FormField = tuple[str, "Row | bytes"]       # name, and a file or the bytes of a text
 
 
 def multipart_field(part: memoryview) -> FormField:
@@ -693,10 +693,9 @@ def multipart_field(part: memoryview) -> FormField:
     headers, content = MimeReader().head_of(part)
     header = content_headers(headers)
     name = str(header.get_param("name", "", "content-disposition"))
-    value = bytes(content)
     if header.get_filename() is None and header.get_content_maintype() == "text":
-        return name, None, value
-    return name, file_of(header, value), value
+        return name, bytes(content)
+    return name, file_of(header, bytes(content)) | {"field": name}
 
 
 def url_encoded_field(pair: bytes) -> FormField:
@@ -707,7 +706,7 @@ def url_encoded_field(pair: bytes) -> FormField:
     """
     quoted = pair.replace(b"+", b" ").replace(b"=", b"%3D").replace(b"%", b"=")
     name, _, value = binascii.a2b_qp(quoted).partition(b"=")
-    return decode(name, None), None, value
+    return decode(name, None), value
 
 
 def form_of(pieces: list[Any], field_of: Callable[[Any], FormField]) -> Fields:
@@ -719,9 +718,9 @@ def form_of(pieces: list[Any], field_of: Callable[[Any], FormField]) -> Fields:
     files = []
     texts: dict[str, list[bytes]] = {}
     for piece in pieces[:MAX_FIELDS]:
-        name, file, content = field_of(piece)
-        if file:
-            files.append(file | {"field": name})
+        name, content = field_of(piece)
+        if isinstance(content, dict):
+            files.append(content)
         else:
             texts.setdefault(name, []).append(content)      # Mailgun may repeat a body
     charsets = json_in(decode(b"".join(texts.get("charsets", [])), None))
@@ -778,23 +777,19 @@ def within_json_budget(text: str) -> str:
     """
     if len(text) < MAX_VALUES or sum(map(text.count, '[{"')) < MAX_VALUES:
         return text
-    closers: list[str] = []
+    closers = [""]              # of what is open, the innermost last
     values = 0
-    is_string = False
     for found in JSON_MARK.finditer(text):
         mark = found[0]
-        if mark == '"':
-            is_string = not is_string
-            values += is_string
-        elif is_string:
+        if mark == closers[-1]:
+            closers.pop()
+        elif closers[-1] == '"':
             continue
         elif mark in CLOSERS:
             closers.append(CLOSERS[mark])
             values += 1
         elif mark == "," and values > MAX_VALUES:
             return text[:found.start()] + "".join(reversed(closers))
-        elif mark in "]}" and closers:
-            closers.pop()
     return text
 
 
@@ -1043,8 +1038,8 @@ class Provider:
     keys: str                           # the fields that each of its posts has …
     mark: str = ""                      # … the value of the first, if that tells it …
     when: Callable[[Fields], Any] = bool    # … and what else has to hold
-    batch: str = ""                     # path of the list, where it posts several mails …
-    member: str = ""                    # … and of the mail in each of its items
+    is_batch: bool = False              # whether the first field lists several mails …
+    member: str = ""                    # … and the path of the mail in each of its items
     place: str | None = ""              # path of the mail; None: only `fields` are read
     envelope_from: str = ""             # path of MAIL FROM
     raw: str = ""                       # path of the whole mail
@@ -1115,8 +1110,7 @@ PROVIDERS = (
     CANONICAL_BODY,
     # Mandrill. Requires: an inbound domain. Authenticates by: ?secret=. Answers: 200, else
     # tried again. Configure: Inbound › Domains › Routes. It probes the URL with HEAD first.
-    Provider("Mandrill", "mandrill_events", batch="mandrill_events", member="msg",
-             raw="raw_msg"),
+    Provider("Mandrill", "mandrill_events", is_batch=True, member="msg", raw="raw_msg"),
     # Mailgun. Requires: a route. Authenticates by: ?secret=. Answers: 200; 406 is final,
     # all else tried again for 8 h. Configure: Receiving › Routes › forward(). A URL that
     # ends in `mime` gets the whole mail.
@@ -1136,7 +1130,7 @@ PROVIDERS = (
              when=lambda post: isinstance(post["message"], bytes)),
     # SparkPost. Requires: a relay webhook. Authenticates by: ?secret=, Basic or a custom
     # header. Answers: 200, else tried again. Configure: POST /api/v1/relay-webhooks.
-    Provider("SparkPost", "events", batch="events", member="msys.relay_message",
+    Provider("SparkPost", "events", is_batch=True, member="msys.relay_message",
              when=lambda post: any(at(event, "msys") is not None
                                    for event in items_of(post["events"])),
              place="content", envelope_from="msg_from", raw="content.email_rfc822",
@@ -1159,7 +1153,7 @@ PROVIDERS = (
     # Brevo. Requires: inbound parsing. Authenticates by: ?secret=, Basic or a header.
     # Answers: 2xx; 4xx is final. Configure: POST /v3/webhooks, type inbound. Of attachments
     # only the names are posted.
-    Provider("Brevo", "items", batch="items", when=lambda post: "from" not in post),
+    Provider("Brevo", "items", is_batch=True, when=lambda post: "from" not in post),
     # Mailjet. Requires: the Parse API. Authenticates by: ?secret= or Basic. Answers: 200,
     # else tried again. Configure: POST /v3/REST/parseroute with the Url.
     Provider("Mailjet", "Recipient Sender", envelope_from="Sender", mend=mend_mailjet),
@@ -1232,19 +1226,14 @@ def members_of(provider: Provider, post: Row) -> list[Any]:
 
     What is neither is left for `mail_of` to refuse, by itself.
     """
-    items = at(post, provider.batch)
+    items = post[provider.keys]
     if isinstance(items, str):
         items = json_in(items)
     if not isinstance(items, list):
-        raise Refused(400, f"{provider.batch} is no list of {provider.name}'s")
-    members = []
-    for item in items:
-        if isinstance(item, dict):
-            is_mail = at(item, "event") in (None, "inbound")
-            item = at(item, provider.member) if is_mail else None
-        if item is not None:
-            members.append(item)
-    return members
+        raise Refused(400, f"{provider.keys} is no list of {provider.name}'s")
+    members = [at(item, provider.member) if isinstance(item, dict) else item
+               for item in items if at(item, "event") in (None, "inbound")]
+    return [member for member in members if member is not None]
 
 
 # What brings no mail: events, by their names; and what only says that there is a mail.
