@@ -2364,7 +2364,7 @@ def from_version_1(db: DB) -> None:
     providers = db.execute("""SELECT fields,
         name || iif(count(*) OVER (PARTITION BY name) > 1, ' ' || id, '') AS name
         FROM provider WHERE id > 21 AND fields IS NOT NULL""").fetchall()
-    carry_over(db, CARRIED, """
+    carry_over(db, """
         CREATE TABLE sign_of_version_1 AS SELECT * FROM sign WHERE id > 42;
         DROP TABLE provider;
         DROP TABLE sign;
@@ -2384,17 +2384,17 @@ def from_version_1(db: DB) -> None:
         db.execute("DROP TABLE sign_of_version_1")
 
 
-def from_version_2(db: DB) -> None:
-    """Version 2 knew no team, and no mail of ours but of a message of its own."""
-    carry_over(db, (*CARRIED, "provider", "refused_caller"))
+def carry_over(db: DB, mend: str = "") -> None:
+    """Carry our tables, once the script `mend` has run, into such as schema.sql makes.
 
-
-def carry_over(db: DB, tables: Iterable[str], mend: str = "") -> None:
-    """Carry tables, once the script `mend` has run, into such as schema.sql makes."""
+    Without one it is the step from version 2, which knew no team, and no mail of ours but
+    of a message of its own.
+    """
+    names = re.findall(r"CREATE TABLE (\w+)", SCHEMA)
     for part in db.execute("""SELECT name, type FROM sqlite_schema
             WHERE sql IS NOT NULL AND type <> 'table'
             AND (tbl_name IN (SELECT value FROM json_each(?)) OR ?)""", [
-                [*tables, "inbox"], bool(mend)]).fetchall():
+                [*names, "inbox"], bool(mend)]).fetchall():
         # An admin's own stay. A view's triggers go with it.
         db.execute('DROP {type} IF EXISTS "{name}"'.format(**part))
     run_script(db, mend + """
@@ -2403,6 +2403,8 @@ def carry_over(db: DB, tables: Iterable[str], mend: str = "") -> None:
         UPDATE outbox SET own_message_id = (
             SELECT message_id FROM message WHERE id = message);
         """)
+    tables = [name for name in names
+              if db.execute(f"PRAGMA table_info({name})").fetchall()]
     for table in tables:
         db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
     run_script(db, SCHEMA)
@@ -2422,10 +2424,8 @@ def carry_over(db: DB, tables: Iterable[str], mend: str = "") -> None:
         ORDER BY message.id DESC LIMIT 1)""")
 
 
-CARRIED = (
-    "queue", "email_account", "ticket", "message", "attachment", "outbox", "rejected")
 # version → what makes a later one of it
-MIGRATIONS = {0: new_file, 1: from_version_1, 2: from_version_2}
+MIGRATIONS = {0: new_file, 1: from_version_1, 2: carry_over}
 
 
 def new_secret() -> str:
@@ -2859,6 +2859,7 @@ TOLD = "X-Inbound-Notice"
 PREFIX = "[inbound] "           # of our lines in a notice; an answer loses each …
 # … however it is quoted.
 OUR_LINE = re.compile(r"^[^\w\n]{0,40}\[inbound\](?:[^\S\n].*)?(?:\n|\Z)", re.M)
+CLOSE = re.compile(r"\A(?i:close)!?[^\S\n]*(?:\n+|\Z)")     # a first line that closes
 # Types that are more than bytes of no charset, or none at all.
 NO_BYTES = re.compile(r"\A(?!(?:application|audio|image|video)/[a-z0-9.+-]{1,99}\Z).*")
 HOW_TO_ANSWER = (
@@ -2958,10 +2959,8 @@ def file_answer(db: DB, now: int, post: Post, ticket: Row, message: Message) -> 
     """
     account, author = post.account, message.from_address
     text = OUR_LINE.sub("", message.text.replace("\r\n", "\n")).lstrip()
-    first, _, rest = text.partition("\n")
-    is_closing = first.strip().lower() in ("close", "close!")
-    if is_closing:
-        text = rest.lstrip("\n")
+    is_closing = bool(CLOSE.match(text))
+    text = CLOSE.sub("", text)
     for each in our_ids(message):       # who quotes the notice with all its headers
         text = text.replace(each, "…")
     draft, reason = None, f"closed by {author}, without an answer"
@@ -3801,8 +3800,7 @@ def relay(store: Store, url: str, *, sender: str | None = None,
     --secret-file. Exit (sysexits.h) 0: stored. 75: try again. 77: wrong secret. 65: never
     accepted.
     """
-    mail = sys.stdin.buffer.read()
-    mail = mail[next(MBOX.finditer(mail)).end():]
+    mail = MBOX.sub(b"", sys.stdin.buffer.read(), 1)
     sender = os.environ.get("SENDER") if sender is None else sender
     if sender is not None:
         mail = os.fsencode(f"Return-Path: <{sender.strip('<>')}>\r\n") + mail
