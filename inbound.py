@@ -4165,12 +4165,9 @@ def erase(db: DB, now: int, address: str) -> Row:
 # -----------------------------------------------------------------------------------------
 # Command line: parsing and printing. Nothing that is printed drives a terminal.
 
-EACH_VERB: tuple[Any, ...] = (
-    serve, secret_show, secret_set, secret_rotate, account_list, account_show, account_add,
-    account_set, tickets, show, attachment, reply, close, reopen, relay, outbox_list,
-    outbox_show, outbox_send, outbox_retry, rejected_list, rejected_show, rejected_replay,
-    rejected_delete, import_, doctor, backup, forget)
-VERBS = {function.__name__.replace("_", " ").strip(): function for function in EACH_VERB}
+# A verb is a function whose docstring says how it is used.
+VERBS = {name.replace("_", " ").strip(): function for name, function in [*vars().items()]
+         if str(function.__doc__).startswith("inbound ")}
 # What the first word of two means alone.
 ALONE = {"secret": "show", "account": "show", "outbox": "list", "rejected": "list"}
 
@@ -4213,7 +4210,7 @@ def parse(argv: list[str]) -> tuple[Row, list[str]]:
 
 def usage_of(function: Any) -> str:
     """The first paragraph of its docstring, in one line."""
-    return " ".join((function.__doc__ or "").partition("\n\n")[0].split())
+    return " ".join(function.__doc__.partition("\n\n")[0].split())
 
 
 def run_verb(given: Row, words: list[str], clock: Callable[[], float]) -> None:
