@@ -4078,12 +4078,11 @@ def checks_of_account(store: Store, account: Row) -> Iterator[Check]:
                "still in use: paste the new URL everywhere")
     if account["smtp_host"]:
         words = ""
-        with contextlib.closing(Relay(account)) as session:
-            try:
-                with session.deadline():
-                    session.connect()
-            except (OSError, ValueError) as error:      # SMTPException is an OSError
-                words = f"{printable(str(error))[:200]}: see `inbound account set smtp_…`"
+        try:
+            with contextlib.closing(Relay(account)) as session, session.deadline():
+                session.connect()
+        except (OSError, ValueError) as error:      # SMTPException is an OSError
+            words = f"{printable(str(error))[:200]}: see `inbound account set smtp_…`"
         yield f"relay of {address}", not words, words
 
 
