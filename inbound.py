@@ -3831,10 +3831,9 @@ def post_to(url: str, mail: bytes, secret: str) -> tuple[int, str]:
         return response.status, decode(response.read(), None)
 
 
-OUTBOX = """SELECT outbox.id, ticket.reference AS ticket, outbox.recipient AS "to",
-    outbox.state, outbox.attempts, outbox.next_attempt_at, outbox.last_error, outbox.content
-    FROM outbox JOIN message ON message.id = outbox.message
-    JOIN ticket ON ticket.id = message.ticket"""
+OUTBOX = """SELECT outbox.id, reference AS ticket, recipient AS "to", state, attempts,
+    next_attempt_at, last_error, content FROM outbox
+    JOIN message ON message.id = outbox.message JOIN ticket ON ticket.id = message.ticket"""
 
 
 def outbox_list(store: Store, *, limit: int = 500) -> Any:
