@@ -630,7 +630,7 @@ FROM_HEADERS = ("from", "to", "cc", "subject")  # fields that a header stands in
 HEADER_START = re.compile(rb"From |[!-9;-~]+:(?:[ \t]|\r?\n[ \t])")
 STRICT_JSON = json.JSONDecoder(parse_constant=int)      # int("NaN") raises
 JSON_MARK = re.compile(r'\\.|["\[\]{},]', re.S)
-CLOSERS = {"[": "]", "{": "}"}
+CLOSERS = {"[": "]", "{": "}", '"': '"'}
 
 
 class Fields(Row):
@@ -661,10 +661,10 @@ def read(post: Post, own_providers: Callable[[], Any]) -> Reading:
                                "the table `provider`, then `inbound rejected replay`, or "
                                "send the canonical body (`from`, `message_id`, …)")
         provider = CANONICAL_BODY
-    members = members_of(provider, fields) if provider.batch else [fields]
+    members = members_of(provider, fields) if provider.is_batch else [fields]
     return Reading(
         provider.name, members, functools.partial(mail_of, provider), cut=fields.cut,
-        is_batch=bool(provider.batch), notice=f"{provider.name} posted no mail")
+        is_batch=provider.is_batch, notice=f"{provider.name} posted no mail")
 
 
 def fields_of(content_type: str, body: bytes) -> Fields | bytes:
@@ -692,7 +692,7 @@ def fields_of(content_type: str, body: bytes) -> Fields | bytes:
     return parse_json(body)
 
 
-FormField = tuple[str, "Row | None", bytes]         # name, what tells of a file, content
+FormField = tuple[str, "Row | bytes"]       # name, and a file or the bytes of a text
 
 
 def multipart_field(part: memoryview) -> FormField:
@@ -700,10 +700,9 @@ def multipart_field(part: memoryview) -> FormField:
     headers, content = MimeReader().head_of(part)
     header = content_headers(headers)
     name = str(header.get_param("name", "", "content-disposition"))
-    value = bytes(content)
     if header.get_filename() is None and header.get_content_maintype() == "text":
-        return name, None, value
-    return name, file_of(header, value), value
+        return name, bytes(content)
+    return name, file_of(header, bytes(content)) | {"field": name}
 
 
 def url_encoded_field(pair: bytes) -> FormField:
@@ -714,7 +713,7 @@ def url_encoded_field(pair: bytes) -> FormField:
     """
     quoted = pair.replace(b"+", b" ").replace(b"=", b"%3D").replace(b"%", b"=")
     name, _, value = binascii.a2b_qp(quoted).partition(b"=")
-    return decode(name, None), None, value
+    return decode(name, None), value
 
 
 def form_of(pieces: list[Any], field_of: Callable[[Any], FormField]) -> Fields:
@@ -726,9 +725,9 @@ def form_of(pieces: list[Any], field_of: Callable[[Any], FormField]) -> Fields:
     files = []
     texts: dict[str, list[bytes]] = {}
     for piece in pieces[:MAX_FIELDS]:
-        name, file, content = field_of(piece)
-        if file:
-            files.append(file | {"field": name})
+        name, content = field_of(piece)
+        if isinstance(content, dict):
+            files.append(content)
         else:
             texts.setdefault(name, []).append(content)      # Mailgun may repeat a body
     charsets = json_in(decode(b"".join(texts.get("charsets", [])), None))
@@ -785,23 +784,19 @@ def within_json_budget(text: str) -> str:
     """
     if len(text) < MAX_VALUES or sum(map(text.count, '[{"')) < MAX_VALUES:
         return text
-    closers: list[str] = []
+    closers = [""]              # of what is open, the innermost last
     values = 0
-    is_string = False
     for found in JSON_MARK.finditer(text):
         mark = found[0]
-        if mark == '"':
-            is_string = not is_string
-            values += is_string
-        elif is_string:
+        if mark == closers[-1]:
+            closers.pop()
+        elif closers[-1] == '"':
             continue
         elif mark in CLOSERS:
             closers.append(CLOSERS[mark])
             values += 1
         elif mark == "," and values > MAX_VALUES:
             return text[:found.start()] + "".join(reversed(closers))
-        elif mark in "]}" and closers:
-            closers.pop()
     return text
 
 
@@ -1050,8 +1045,8 @@ class Provider:
     keys: str                           # the fields that each of its posts has …
     mark: str = ""                      # … the value of the first, if that tells it …
     when: Callable[[Fields], Any] = bool    # … and what else has to hold
-    batch: str = ""                     # path of the list, where it posts several mails …
-    member: str = ""                    # … and of the mail in each of its items
+    is_batch: bool = False              # whether the first field lists several mails …
+    member: str = ""                    # … and the path of the mail in each of its items
     place: str | None = ""              # path of the mail; None: only `fields` are read
     envelope_from: str = ""             # path of MAIL FROM
     raw: str = ""                       # path of the whole mail
@@ -1122,8 +1117,7 @@ PROVIDERS = (
     CANONICAL_BODY,
     # Mandrill. Requires: an inbound domain. Authenticates by: ?secret=. Answers: 200, else
     # tried again. Configure: Inbound › Domains › Routes. It probes the URL with HEAD first.
-    Provider("Mandrill", "mandrill_events", batch="mandrill_events", member="msg",
-             raw="raw_msg"),
+    Provider("Mandrill", "mandrill_events", is_batch=True, member="msg", raw="raw_msg"),
     # Mailgun. Requires: a route. Authenticates by: ?secret=. Answers: 200; 406 is final,
     # all else tried again for 8 h. Configure: Receiving › Routes › forward(). A URL that
     # ends in `mime` gets the whole mail.
@@ -1143,7 +1137,7 @@ PROVIDERS = (
              when=lambda post: isinstance(post["message"], bytes)),
     # SparkPost. Requires: a relay webhook. Authenticates by: ?secret=, Basic or a custom
     # header. Answers: 200, else tried again. Configure: POST /api/v1/relay-webhooks.
-    Provider("SparkPost", "events", batch="events", member="msys.relay_message",
+    Provider("SparkPost", "events", is_batch=True, member="msys.relay_message",
              when=lambda post: any(at(event, "msys") is not None
                                    for event in items_of(post["events"])),
              place="content", envelope_from="msg_from", raw="content.email_rfc822",
@@ -1166,7 +1160,7 @@ PROVIDERS = (
     # Brevo. Requires: inbound parsing. Authenticates by: ?secret=, Basic or a header.
     # Answers: 2xx; 4xx is final. Configure: POST /v3/webhooks, type inbound. Of attachments
     # only the names are posted.
-    Provider("Brevo", "items", batch="items", when=lambda post: "from" not in post),
+    Provider("Brevo", "items", is_batch=True, when=lambda post: "from" not in post),
     # Mailjet. Requires: the Parse API. Authenticates by: ?secret= or Basic. Answers: 200,
     # else tried again. Configure: POST /v3/REST/parseroute with the Url.
     Provider("Mailjet", "Recipient Sender", envelope_from="Sender", mend=mend_mailjet),
@@ -1239,19 +1233,14 @@ def members_of(provider: Provider, post: Row) -> list[Any]:
 
     What is neither is left for `mail_of` to refuse, by itself.
     """
-    items = at(post, provider.batch)
+    items = post[provider.keys]
     if isinstance(items, str):
         items = json_in(items)
     if not isinstance(items, list):
-        raise Refused(400, f"{provider.batch} is no list of {provider.name}'s")
-    members = []
-    for item in items:
-        if isinstance(item, dict):
-            is_mail = at(item, "event") in (None, "inbound")
-            item = at(item, provider.member) if is_mail else None
-        if item is not None:
-            members.append(item)
-    return members
+        raise Refused(400, f"{provider.keys} is no list of {provider.name}'s")
+    members = [at(item, provider.member) if isinstance(item, dict) else item
+               for item in items if at(item, "event") in (None, "inbound")]
+    return [member for member in members if member is not None]
 
 
 # What brings no mail: events, by their names; and what only says that there is a mail.
@@ -2389,7 +2378,7 @@ def from_version_1(db: DB) -> None:
     providers = db.execute("""SELECT fields,
         name || iif(count(*) OVER (PARTITION BY name) > 1, ' ' || id, '') AS name
         FROM provider WHERE id > 21 AND fields IS NOT NULL""").fetchall()
-    carry_over(db, CARRIED, """
+    carry_over(db, """
         CREATE TABLE sign_of_version_1 AS SELECT * FROM sign WHERE id > 42;
         DROP TABLE provider;
         DROP TABLE sign;
@@ -2409,17 +2398,17 @@ def from_version_1(db: DB) -> None:
         db.execute("DROP TABLE sign_of_version_1")
 
 
-def from_version_2(db: DB) -> None:
-    """Version 2 knew no team, and no mail of ours but of a message of its own."""
-    carry_over(db, (*CARRIED, "provider", "refused_caller"))
+def carry_over(db: DB, mend: str = "") -> None:
+    """Carry our tables, once the script `mend` has run, into such as schema.sql makes.
 
-
-def carry_over(db: DB, tables: Iterable[str], mend: str = "") -> None:
-    """Carry tables, once the script `mend` has run, into such as schema.sql makes."""
+    Without one it is the step from version 2, which knew no team, and no mail of ours but
+    of a message of its own.
+    """
+    names = re.findall(r"CREATE TABLE (\w+)", SCHEMA)
     for part in db.execute("""SELECT name, type FROM sqlite_schema
             WHERE sql IS NOT NULL AND type <> 'table'
             AND (tbl_name IN (SELECT value FROM json_each(?)) OR ?)""", [
-                [*tables, "inbox"], bool(mend)]).fetchall():
+                [*names, "inbox"], bool(mend)]).fetchall():
         # An admin's own stay. A view's triggers go with it.
         db.execute('DROP {type} IF EXISTS "{name}"'.format(**part))
     run_script(db, mend + """
@@ -2428,6 +2417,8 @@ def carry_over(db: DB, tables: Iterable[str], mend: str = "") -> None:
         UPDATE outbox SET own_message_id = (
             SELECT message_id FROM message WHERE id = message);
         """)
+    tables = [name for name in names
+              if db.execute(f"PRAGMA table_info({name})").fetchall()]
     for table in tables:
         db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
     run_script(db, SCHEMA)
@@ -2447,10 +2438,8 @@ def carry_over(db: DB, tables: Iterable[str], mend: str = "") -> None:
         ORDER BY message.id DESC LIMIT 1)""")
 
 
-CARRIED = (
-    "queue", "email_account", "ticket", "message", "attachment", "outbox", "rejected")
 # version → what makes a later one of it
-MIGRATIONS = {0: new_file, 1: from_version_1, 2: from_version_2}
+MIGRATIONS = {0: new_file, 1: from_version_1, 2: carry_over}
 
 
 def new_secret() -> str:
@@ -2884,6 +2873,7 @@ TOLD = "X-Inbound-Notice"
 PREFIX = "[inbound] "           # of our lines in a notice; an answer loses each …
 # … however it is quoted.
 OUR_LINE = re.compile(r"^[^\w\n]{0,40}\[inbound\](?:[^\S\n].*)?(?:\n|\Z)", re.M)
+CLOSE = re.compile(r"\A(?i:close)!?[^\S\n]*(?:\n+|\Z)")     # a first line that closes
 # Types that are more than bytes of no charset, or none at all.
 NO_BYTES = re.compile(r"\A(?!(?:application|audio|image|video)/[a-z0-9.+-]{1,99}\Z).*")
 HOW_TO_ANSWER = (
@@ -2983,10 +2973,8 @@ def file_answer(db: DB, now: int, post: Post, ticket: Row, message: Message) -> 
     """
     account, author = post.account, message.from_address
     text = OUR_LINE.sub("", message.text.replace("\r\n", "\n")).lstrip()
-    first, _, rest = text.partition("\n")
-    is_closing = first.strip().lower() in ("close", "close!")
-    if is_closing:
-        text = rest.lstrip("\n")
+    is_closing = bool(CLOSE.match(text))
+    text = CLOSE.sub("", text)
     for each in our_ids(message):       # who quotes the notice with all its headers
         text = text.replace(each, "…")
     draft, reason = None, f"closed by {author}, without an answer"
@@ -3879,8 +3867,7 @@ def relay(store: Store, url: str, *, sender: str | None = None,
     --secret-file. Exit (sysexits.h) 0: stored. 75: try again. 77: wrong secret. 65: never
     accepted.
     """
-    mail = sys.stdin.buffer.read()
-    mail = mail[next(MBOX.finditer(mail)).end():]
+    mail = MBOX.sub(b"", sys.stdin.buffer.read(), 1)
     sender = os.environ.get("SENDER") if sender is None else sender
     if sender is not None:
         mail = os.fsencode(f"Return-Path: <{sender.strip('<>')}>\r\n") + mail
@@ -3911,10 +3898,9 @@ def post_to(url: str, mail: bytes, secret: str) -> tuple[int, str]:
         return response.status, decode(response.read(), None)
 
 
-OUTBOX = """SELECT outbox.id, ticket.reference AS ticket, outbox.recipient AS "to",
-    outbox.state, outbox.attempts, outbox.next_attempt_at, outbox.last_error, outbox.content
-    FROM outbox JOIN message ON message.id = outbox.message
-    JOIN ticket ON ticket.id = message.ticket"""
+OUTBOX = """SELECT outbox.id, reference AS ticket, recipient AS "to", state, attempts,
+    next_attempt_at, last_error, content FROM outbox
+    JOIN message ON message.id = outbox.message JOIN ticket ON ticket.id = message.ticket"""
 
 
 def outbox_list(store: Store, *, limit: int = 500) -> Any:
@@ -4158,12 +4144,11 @@ def checks_of_account(store: Store, account: Row) -> Iterator[Check]:
                "still in use: paste the new URL everywhere")
     if account["smtp_host"]:
         words = ""
-        with contextlib.closing(Relay(account)) as session:
-            try:
-                with session.deadline():
-                    session.connect()
-            except (OSError, ValueError) as error:      # SMTPException is an OSError
-                words = f"{printable(str(error))[:200]}: see `inbound account set smtp_…`"
+        try:
+            with contextlib.closing(Relay(account)) as session, session.deadline():
+                session.connect()
+        except (OSError, ValueError) as error:      # SMTPException is an OSError
+            words = f"{printable(str(error))[:200]}: see `inbound account set smtp_…`"
         yield f"relay of {address}", not words, words
 
 
@@ -4245,12 +4230,9 @@ def erase(db: DB, now: int, address: str) -> Row:
 # -----------------------------------------------------------------------------------------
 # Command line: parsing and printing. Nothing that is printed drives a terminal.
 
-EACH_VERB: tuple[Any, ...] = (
-    serve, secret_show, secret_set, secret_rotate, account_list, account_show, account_add,
-    account_set, tickets, show, attachment, reply, close, reopen, relay, outbox_list,
-    outbox_show, outbox_send, outbox_retry, rejected_list, rejected_show, rejected_replay,
-    rejected_delete, import_, doctor, backup, forget)
-VERBS = {function.__name__.replace("_", " ").strip(): function for function in EACH_VERB}
+# A verb is a function whose docstring says how it is used.
+VERBS = {name.replace("_", " ").strip(): function for name, function in [*vars().items()]
+         if str(function.__doc__).startswith("inbound ")}
 # What the first word of two means alone.
 ALONE = {"secret": "show", "account": "show", "outbox": "list", "rejected": "list"}
 
@@ -4293,7 +4275,7 @@ def parse(argv: list[str]) -> tuple[Row, list[str]]:
 
 def usage_of(function: Any) -> str:
     """The first paragraph of its docstring, in one line."""
-    return " ".join((function.__doc__ or "").partition("\n\n")[0].split())
+    return " ".join(function.__doc__.partition("\n\n")[0].split())
 
 
 def run_verb(given: Row, words: list[str], clock: Callable[[], float]) -> None:
