@@ -773,6 +773,7 @@ def test_words_outside_ascii_are_printed_whatever_the_locale(desk):
 
 
 def test_account_set_that_is_refused_makes_no_queue(desk):
+    desk.run("account", "set", "queue=New", "smtp_port=0", status=1)
     desk.run("account", "set", "queue=New", "staff=nobody", status=1)
     assert desk.sql("SELECT name FROM queue ORDER BY name") == [("Automatic",), ("Support",)]
 

@@ -5,6 +5,7 @@ import json
 import os
 import sqlite3
 import threading
+import urllib.request
 
 import pytest
 
@@ -147,7 +148,10 @@ def test_the_url_is_tried_as_providers_see_it(serve, file):
     assert len(found) == 4 and all(row["is_ok"] for row in found), found
     found = tries(file, url + "/elsewhere")
     assert not any(row["is_ok"] for row in found)
-    assert file.count("ticket") == 0
+    # It leaves nothing that the next doctor would complain of.
+    assert file.count("ticket") == file.count("rejected") == 0
+    with urllib.request.urlopen(f"{url}/healthz") as answer:
+        assert "wrong secret" not in answer.read().decode()
 
 
 def tries(file, url):
@@ -156,6 +160,18 @@ def tries(file, url):
             contextlib.suppress(SystemExit):
         inbound.main(["--db", str(file.path), "doctor", "--json", "--url", url])
     return [row for row in json.loads(out.read_text()) if url in row["check"]]
+
+
+def test_without_an_account_everything_says_so(ready):
+    ready.store.write(lambda db, now: db.execute("DELETE FROM email_account"))
+    assert ready.request(ready.mail()).status_int == 503
+    status, health = ready.health()
+    assert status == 503 and "inbound account add" in str(health)
+    for verb in (["doctor"], ["doctor", "--url", "http://localhost:1"], ["import", __file__],
+                 ["serve", "--listen", "127.0.0.1:0"]):
+        assert "inbound account add" in ready.run(*verb, status=1), verb
+    ready.run("account", "add", "help@x.example")
+    assert ready.health()[0] == 200
 
 
 # backup -------------------------------------------------------------------------------------------
