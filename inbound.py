@@ -3360,7 +3360,7 @@ def create_server(store: Store, dispatcher: Dispatcher, listen: str) -> Any:
     import waitress  # the only verb that needs it
     server = waitress.create_server(
         make_app(store), map=dispatcher.sockets, _dispatcher=dispatcher, **place_of(listen),
-        channel_timeout=30, cleanup_interval=5, connection_limit=1000, recv_bytes=2**16,
+        channel_timeout=30, cleanup_interval=5, connection_limit=1000, recv_bytes=2**13,
         max_request_header_size=16384, max_request_body_size=MAX_BODY + 1,
         clear_untrusted_proxy_headers=False)
     server.adj.send_bytes = 2**8        # an answer goes out whole, not its headers first

@@ -151,6 +151,13 @@ def test_requests_that_come_together_read_the_settings_once_and_the_next_anew(
     assert loop.answers() == ["401", "200"]
 
 
+def test_one_look_at_the_sockets_takes_little_of_each(desk, loop):
+    """waitress copies all that it has read for each tiny request, or chunk, that is in it."""
+    loop.send(2**12 * b"GET / HTTP/1.1\r\n\r\n")
+    [channel] = loop.dispatcher.take()
+    assert len(channel.requests) < 2**9
+
+
 def test_a_large_post_is_alone(loop):
     loop.send(post_of("a"), post_of("large", text="x" * inbound.GROUP), post_of("b"), post_of("c"))
     sizes = []
