@@ -121,7 +121,8 @@ LAST_REFERENCES = 80        # … and from its end, where the parent stands
 THREADS = 32                # of the server, of which one leads …
 PATIENCE = 0.05             # … and another where it is away for so many seconds
 LINGER = 0.002              # seconds in which it reads on, as long as requests come
-GROUP = 2**19               # bytes of posts that share a sync; larger are served one by one
+GROUP = 2**19               # bytes of posts that share a sync …
+LARGE = 2**17               # … and of one past which it is served beside, one by one
 BUSY_TIMEOUT = 2.0          # seconds to wait for SQLite's lock, then 503. SIGTERM leaves 5
 REPLICATION = 2             # seconds to wait for the second machine, then 503
 REFUSALS_SHOWN = 3600       # seconds for which /healthz warns of a refused secret
@@ -3446,7 +3447,7 @@ class Dispatcher:
 
     def add_task(self, channel: Any) -> None:
         """waitress has read a request, which is the first of `channel.requests`."""
-        is_large = len(channel.requests[0].body_rcv or b"") > GROUP
+        is_large = len(channel.requests[0].body_rcv or b"") > LARGE
         (self.large.put if is_large else self.waiting.append)(channel)
 
     def run(self, work: Callable[[], None]) -> None:

@@ -160,18 +160,19 @@ def test_one_look_at_the_sockets_takes_little_of_each(desk, loop):
 
 
 def test_posts_share_a_sync_up_to_a_size_and_a_large_one_is_alone(loop):
-    half = "x" * (inbound.GROUP // 2)
-    loop.send(post_of("a", text=half), post_of("large", text=2 * half), post_of("b", text=half),
-              post_of("c"))
+    most = "x" * (inbound.LARGE - 2**9)     # which leave room for the rest of a post
+    fit = inbound.GROUP // inbound.LARGE
+    loop.send(*(post_of(f"n{number}", text=most) for number in range(fit + 1)),
+              post_of("large", text=inbound.LARGE * "x"), post_of("small"))
     sizes = []
     while group := loop.dispatcher.take():
         sizes.append(len(group))
         loop.dispatcher.serve(group)
-    assert sizes == [1, 2] and loop.dispatcher.large.qsize() == 1
+    assert sizes == [fit, 2] and loop.dispatcher.large.qsize() == 1
 
 
 def test_large_posts_take_no_thread_from_who_is_quick(loop, monkeypatch):
-    monkeypatch.setattr(inbound, "GROUP", 2**10)
+    monkeypatch.setattr(inbound, "LARGE", 2**10)
     monkeypatch.setattr(inbound, "HEAVY", 2**10)
     monkeypatch.setattr(inbound, "HEAVY_WAIT", 30)
     with inbound.HEAVY_LOCK:        # as it is while a large one is understood
