@@ -171,6 +171,11 @@ def test_posts_share_a_sync_up_to_a_size_and_a_large_one_is_alone(loop):
     assert sizes == [fit, 2] and loop.dispatcher.large.qsize() == 1
 
 
+def test_the_threads_last_as_long_as_the_lock_and_the_replica():
+    """Each leader that posts keep at the lock is replaced after PATIENCE."""
+    assert inbound.THREADS * inbound.PATIENCE > inbound.BUSY_TIMEOUT + inbound.REPLICATION
+
+
 def test_large_posts_take_no_thread_from_who_is_quick(loop, monkeypatch):
     monkeypatch.setattr(inbound, "LARGE", 2**10)
     monkeypatch.setattr(inbound, "HEAVY", 2**10)
