@@ -70,6 +70,7 @@ import json
 import logging
 import math
 import os
+import queue
 import re
 import secrets
 import shlex
@@ -117,10 +118,11 @@ MAX_OWN_ID = 250            # characters; a longer id is stored but enters no he
 FIRST_REFERENCES = 20       # ids of References that are looked at from its beginning …
 LAST_REFERENCES = 80        # … and from its end, where the parent stands
 
-THREADS = 32                # of the server, of which one leads …
+THREADS = 96                # of the server, of which one leads; so many wait out a lock …
 PATIENCE = 0.05             # … and another where it is away for so many seconds
 LINGER = 0.002              # seconds in which it reads on, as long as requests come
-GROUP = 2**19               # bytes of posts that share a sync; a larger one is alone
+GROUP = 2**19               # bytes of posts that share a sync …
+LARGE = 2**17               # … and of one past which it is served beside, one by one
 BUSY_TIMEOUT = 2.0          # seconds to wait for SQLite's lock, then 503. SIGTERM leaves 5
 REPLICATION = 2             # seconds to wait for the second machine, then 503
 REFUSALS_SHOWN = 3600       # seconds for which /healthz warns of a refused secret
@@ -3357,7 +3359,7 @@ def create_server(store: Store, dispatcher: Dispatcher, listen: str) -> Any:
     import waitress  # the only verb that needs it
     server = waitress.create_server(
         make_app(store), map=dispatcher.sockets, _dispatcher=dispatcher, **place_of(listen),
-        channel_timeout=30, cleanup_interval=5, connection_limit=1000, recv_bytes=2**16,
+        channel_timeout=30, cleanup_interval=5, connection_limit=1000, recv_bytes=2**13,
         max_request_header_size=16384, max_request_body_size=MAX_BODY + 1,
         clear_untrusted_proxy_headers=False)
     server.adj.send_bytes = 2**8        # an answer goes out whole, not its headers first
@@ -3425,15 +3427,16 @@ class Dispatcher:
         self.store = store
         self.sockets: Row = {}                  # waitress's, by descriptor …
         self.poll: Callable[[float, Row], Any]  # … and what reads them, and calls add_task
-        self.waiting: deque[Any] = deque()      # of them the channels with a request
+        self.waiting: deque[Any] = deque()      # of them the channels with a request …
+        self.large: queue.SimpleQueue[Any] = queue.SimpleQueue()    # … with a large one
         self.changed = threading.Condition()
         self.leader: threading.Thread | None = None
         self.left_at = 0.0                      # monotonic; inf = it is at the sockets
         self.is_watched = False                 # whether a thread looks if it is away
         self.is_over = False
         self.next = threading.Lock()            # of who watches, while the rest sleeps
-        self.threads = [threading.Thread(target=self.run, daemon=True)
-                        for _ in range(THREADS)]
+        self.threads = [threading.Thread(target=self.run, args=[work], daemon=True)
+                        for work in (self.serve_large, *THREADS * [self.follow])]
 
     def start(self) -> None:
         for thread in self.threads:
@@ -3441,16 +3444,25 @@ class Dispatcher:
 
     def add_task(self, channel: Any) -> None:
         """waitress has read a request, which is the first of `channel.requests`."""
-        self.waiting.append(channel)
+        is_large = len(channel.requests[0].body_rcv or b"") > LARGE
+        (self.large.put if is_large else self.waiting.append)(channel)
 
-    def run(self) -> None:
+    def run(self, work: Callable[[], None]) -> None:
         try:
-            while self.stand_by():
-                while self.lead():
-                    pass
+            work()
         except Exception:       # of the poll: nobody would read any more
             log.critical("ending, to start anew", exc_info=True)
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def serve_large(self) -> None:
+        """Serve large posts in their turn: of many none takes a thread from the quick."""
+        for channel in iter(self.large.get, None):
+            self.serve([channel])
+
+    def follow(self) -> None:
+        while self.stand_by():
+            while self.lead():
+                pass
 
     def stand_by(self) -> bool:
         """Return True once it is this thread's turn to lead, False at the end."""
@@ -3543,6 +3555,7 @@ class Dispatcher:
         with self.changed:
             self.is_over = True
             self.changed.notify_all()
+        self.large.put(None)
         for each in [*self.sockets.values()]:       # wake who waits for requests
             if hasattr(each, "pull_trigger"):
                 each.pull_trigger()

@@ -49,7 +49,8 @@ class Loop:
 
     def has_read(self):
         self.turn()
-        return len(self.dispatcher.waiting) == len(self.clients)
+        read = len(self.dispatcher.waiting) + self.dispatcher.large.qsize()
+        return read == len(self.clients)
 
     def turn(self):
         waitress.wasyncore.poll2(0.01, self.dispatcher.sockets)
@@ -151,13 +152,41 @@ def test_requests_that_come_together_read_the_settings_once_and_the_next_anew(
     assert loop.answers() == ["401", "200"]
 
 
-def test_a_large_post_is_alone(loop):
-    loop.send(post_of("a"), post_of("large", text="x" * inbound.GROUP), post_of("b"), post_of("c"))
+def test_one_look_at_the_sockets_takes_little_of_each(desk, loop):
+    """waitress copies all that it has read for each tiny request, or chunk, that is in it."""
+    loop.send(2**12 * b"GET / HTTP/1.1\r\n\r\n")
+    [channel] = loop.dispatcher.take()
+    assert len(channel.requests) < 2**9
+
+
+def test_posts_share_a_sync_up_to_a_size_and_a_large_one_is_alone(loop):
+    most = "x" * (inbound.LARGE - 2**9)     # which leave room for the rest of a post
+    fit = inbound.GROUP // inbound.LARGE
+    loop.send(*(post_of(f"n{number}", text=most) for number in range(fit + 1)),
+              post_of("large", text=inbound.LARGE * "x"), post_of("small"))
     sizes = []
     while group := loop.dispatcher.take():
         sizes.append(len(group))
         loop.dispatcher.serve(group)
-    assert sizes == [1, 1, 2]
+    assert sizes == [fit, 2] and loop.dispatcher.large.qsize() == 1
+
+
+def test_the_threads_last_as_long_as_the_lock_and_the_replica():
+    """Each leader that posts keep at the lock is replaced after PATIENCE."""
+    assert inbound.THREADS * inbound.PATIENCE > inbound.BUSY_TIMEOUT + inbound.REPLICATION
+
+
+def test_large_posts_take_no_thread_from_who_is_quick(loop, monkeypatch):
+    monkeypatch.setattr(inbound, "LARGE", 2**10)
+    monkeypatch.setattr(inbound, "HEAVY", 2**10)
+    monkeypatch.setattr(inbound, "HEAVY_WAIT", 30)
+    with inbound.HEAVY_LOCK:        # as it is while a large one is understood
+        loop.send(*(post_of(f"n{number}", text=2**10 * "x") for number in range(inbound.THREADS)),
+                  b"GET / HTTP/1.1\r\n\r\n")
+        loop.dispatcher.start()
+        assert loop.clients[-1].recv(65536).startswith(b"HTTP/1.1 404")     # or a time-out
+    loop.dispatcher.shutdown()
+    assert loop.answers()[:-1] == inbound.THREADS * ["200"]
 
 
 def test_what_a_request_held_is_given_back(loop):
