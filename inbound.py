@@ -72,6 +72,7 @@ import math
 import os
 import queue
 import re
+import resource
 import secrets
 import shlex
 import shutil
@@ -123,6 +124,7 @@ PATIENCE = 0.05             # … and another where it is away for so many secon
 LINGER = 0.002              # seconds in which it reads on, as long as requests come
 GROUP = 2**19               # bytes of posts that share a sync …
 LARGE = 2**17               # … and of one past which it is served beside, one by one
+DESCRIPTORS = 4096          # that may be open
 BUSY_TIMEOUT = 2.0          # seconds to wait for SQLite's lock, then 503. SIGTERM leaves 5
 REPLICATION = 2             # seconds to wait for the second machine, then 503
 REFUSALS_SHOWN = 3600       # seconds for which /healthz warns of a refused secret
@@ -2329,11 +2331,13 @@ def in_savepoint(db: DB, work: Work, *args: Any) -> Any:
 
 def migrate(db: DB, path: str) -> bool:
     """Bring the file to SCHEMA_VERSION in one transaction; return whether it was empty."""
-    if version_of(db, path) == SCHEMA_VERSION:  # no lock: who only reads waits for none
-        return False
-    # Two processes may start at once, and this waits for no lock: then the other sets it.
+    is_current = version_of(db, path) == SCHEMA_VERSION
+    # A restored copy lacks it. Two processes may start at once, and this waits for no lock:
+    # then the other sets it.
     with contextlib.suppress(sqlite3.OperationalError):
         db.execute("PRAGMA journal_mode = WAL")
+    if is_current:              # no lock: who only reads waits for none
+        return False
     db.execute("PRAGMA foreign_keys = OFF")
     db.execute("BEGIN IMMEDIATE")
     first = version_of(db, path)
@@ -3320,6 +3324,7 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080",
     the proxy whose X-Forwarded-For names the client, or localhost: a socket's other end.
     """
     keep_no_memory()
+    have_descriptors()
     dispatcher = Dispatcher(store)
     try:
         if trusted_proxy not in ("", "localhost"):
@@ -3359,9 +3364,10 @@ def create_server(store: Store, dispatcher: Dispatcher, listen: str) -> Any:
     import waitress  # the only verb that needs it
     server = waitress.create_server(
         make_app(store), map=dispatcher.sockets, _dispatcher=dispatcher, **place_of(listen),
-        channel_timeout=30, cleanup_interval=5, connection_limit=1000, recv_bytes=2**13,
-        max_request_header_size=16384, max_request_body_size=MAX_BODY + 1,
-        clear_untrusted_proxy_headers=False)
+        channel_timeout=30, cleanup_interval=5, connection_limit=1000,
+        # Of tiny requests many are read at once, and all wait: no more than its default.
+        recv_bytes=2**13, max_request_header_size=16384,
+        max_request_body_size=MAX_BODY + 1, clear_untrusted_proxy_headers=False)
     server.adj.send_bytes = 2**8        # an answer goes out whole, not its headers first
     dispatcher.poll = waitress.wasyncore.poll2
     return server
@@ -3371,6 +3377,14 @@ def keep_no_memory() -> None:
     """Have glibc give back what a large mail took: freed, it raises the bound for that."""
     with contextlib.suppress(AttributeError):       # mallopt(3): M_MMAP_THRESHOLD
         ctypes.CDLL(None).mallopt(-3, 2**17)
+
+
+def have_descriptors() -> None:
+    """Raise the soft limit: 1,000 connections, the files of their bodies, the database."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < DESCRIPTORS:
+        with contextlib.suppress(ValueError):       # over the hard one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, hard))
 
 
 def place_of(listen: str) -> Row:
@@ -3529,6 +3543,8 @@ class Dispatcher:
     def answer(self, channel: Any) -> None:
         try:
             channel.service()
+            if channel.requests and channel.total_outbufs_len:  # a poll would not send it
+                channel._flush_some_if_lockable(do_close=False)
         except Exception:       # waitress: a 100 Continue to who has hung up
             log.exception("while answering")
 

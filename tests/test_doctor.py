@@ -189,6 +189,7 @@ def test_a_backup_is_whole_its_owner_s_alone_and_serves(ready, folder):
         assert [row["reference"] for row in restored.rows("SELECT * FROM ticket")] == [reference]
         assert restored.accounts() == ready.store.accounts()
         restored.write(inbound.rehearse)
+        assert restored.rows("PRAGMA journal_mode") == [{"journal_mode": "wal"}]
 
 
 def test_a_newer_backup_takes_the_place_of_the_older(ready, folder):

@@ -83,6 +83,7 @@ def loop(desk):
 def test_what_is_relied_on_of_waitress_is_there():
     assert Adjustments(listen="127.0.0.1:0").send_bytes == 1
     assert HTTPChannel.task_class.get_environment and HTTPChannel.service
+    assert HTTPChannel._flush_some_if_lockable and HTTPChannel.total_outbufs_len == 0
     arguments = inspect.signature(waitress.server.create_server).parameters
     assert {"map", "_dispatcher"} <= arguments.keys()
     assert [*inspect.signature(waitress.wasyncore.poll2).parameters] == ["timeout", "map"]
@@ -145,7 +146,8 @@ def test_requests_that_come_together_read_the_settings_once_and_the_next_anew(
     loop.dispatcher.serve(loop.dispatcher.take())
     assert read.count(True) == 1
     desk.set_account(inbound_secret="w" * 32)
-    loop.clients.clear()
+    while loop.clients:
+        loop.clients.pop().close()
     loop.send(post_of("a"), post_of("b", secret="w" * 32))
     loop.dispatcher.serve(loop.dispatcher.take())
     loop.turn()
@@ -338,6 +340,21 @@ def test_requests_in_one_piece_are_answered_in_their_order(serve):
         while received.count(b"HTTP/1.1") < 3 or not received.endswith(b"}\n"):
             received += client.recv(65536)
     assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"200", b"401", b"200"]
+
+
+def test_a_short_answer_does_not_wait_for_the_next_in_its_connection(serve):
+    served = serve()
+    served.set_account(inbound_secret=SECRET)
+    with socket.create_connection(("127.0.0.1", served.port), timeout=1) as client, \
+            served.locked():
+        client.sendall(b"HEAD /x HTTP/1.1\r\n\r\n" + post_of("ada"))
+        assert client.recv(65536).startswith(b"HTTP/1.1 404")
+
+
+def test_many_descriptors_may_be_open(serve):
+    limits = Path(f"/proc/{serve().process.pid}/limits").read_text()
+    soft, hard = re.search(r"Max open files\s+(\d+)\s+(\d+)", limits).groups()
+    assert int(soft) >= min(inbound.DESCRIPTORS, int(hard))
 
 
 def test_an_answer_leaves_in_one_piece(serve):
