@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import sqlite3
+import subprocess
+import sys
 import threading
 import urllib.request
 
@@ -162,14 +164,18 @@ def tries(file, url):
     return [row for row in json.loads(out.read_text()) if url in row["check"]]
 
 
+@pytest.mark.slow
 def test_without_an_account_everything_says_so(ready):
     ready.store.write(lambda db, now: db.execute("DELETE FROM email_account"))
     assert ready.request(ready.mail()).status_int == 503
     status, health = ready.health()
     assert status == 503 and "inbound account add" in str(health)
-    for verb in (["doctor"], ["doctor", "--url", "http://localhost:1"], ["import", __file__],
-                 ["serve", "--listen", "127.0.0.1:0"]):
+    for verb in (["doctor"], ["doctor", "--url", "http://localhost:1"], ["import", __file__]):
         assert "inbound account add" in ready.run(*verb, status=1), verb
+    ended = subprocess.run([sys.executable, inbound.__file__, "--db", str(ready.path), "serve",
+                            "--listen", "127.0.0.1:0"], capture_output=True, timeout=20)
+    assert ended.returncode == 1 and b"inbound account add" in ended.stderr
+    assert b"Traceback" not in ended.stderr
     ready.run("account", "add", "help@x.example")
     assert ready.health()[0] == 200
 
