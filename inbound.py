@@ -2034,8 +2034,8 @@ def mailbox_key(address: str) -> str:
 #
 # WAL with synchronous=FULL: SQLite's defaults lose acknowledged rows on a power cut. Of a
 # process only the writer checkpoints: before 3.51.3 SQLite may corrupt a file that two do
-# it to at once. At 5,000 pages, 20 MB of -wal: a page that many mails change is then
-# written back once.
+# it to at once. At 2,000 pages, 8 MB of -wal: at more all wait longer for it, at less it
+# writes more, for a page that many mails change is then written back once.
 #
 # Where there is a second machine, stored means there, too: Litestream copies the file, and
 # nobody is told 200 before it has.
@@ -2113,7 +2113,7 @@ class Store:
             column[0]: value for column, value in zip(cursor.description, row)}
         # We do not set trusted_schema=OFF: SQLite 3.40 then refuses json_valid in a CHECK.
         for setting in ("synchronous = FULL", "secure_delete = ON", "foreign_keys = ON",
-                        f"wal_autocheckpoint = {5_000 * self.checkpoints}"):
+                        f"wal_autocheckpoint = {2_000 * self.checkpoints}"):
             db.execute(f"PRAGMA {setting}")
         return db
 
@@ -3374,9 +3374,14 @@ def create_server(store: Store, dispatcher: Dispatcher, listen: str) -> Any:
 
 
 def keep_no_memory() -> None:
-    """Have glibc give back what a large mail took: freed, it raises the bound for that."""
-    with contextlib.suppress(AttributeError):       # mallopt(3): M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(-3, 2**17)
+    """Have glibc give back what a large mail took, and keep one heap for all threads.
+
+    mallopt(3): a block once freed raises M_MMAP_THRESHOLD; M_ARENA_MAX is 8 a core.
+    """
+    with contextlib.suppress(AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**17)
+        libc.mallopt(-8, 1)
 
 
 def have_descriptors() -> None:
@@ -3434,7 +3439,8 @@ class Dispatcher:
     Threads that work at once gain nothing in Python and fight for the interpreter. Who
     leads reads what has come, brings it as far as its commit, has all of it committed by
     one sync, answers each, and reads again. Another takes the lead where it is away from
-    the sockets for long: a lock, a heavy mail. (As Leader/Followers: Schmidt, POSA 2.)
+    the sockets for long, as for a lock. (Leader/Followers: Schmidt, POSA 2.) Large posts
+    are served beside, one by one.
     """
 
     def __init__(self, store: Store):
@@ -3459,7 +3465,10 @@ class Dispatcher:
     def add_task(self, channel: Any) -> None:
         """waitress has read a request, which is the first of `channel.requests`."""
         is_large = len(channel.requests[0].body_rcv or b"") > LARGE
-        (self.large.put if is_large else self.waiting.append)(channel)
+        if is_large:
+            self.large.put(channel)
+        else:
+            self.waiting.append(channel)
 
     def run(self, work: Callable[[], None]) -> None:
         try:
@@ -3801,6 +3810,9 @@ def tickets(store: Store, status: str = "open", *, search: str = "", limit: int 
         ORDER BY updated_at DESC, ticket.id DESC LIMIT :limit""", asked)
 
 
+MESSAGE = """SELECT direction, message_id, in_reply_to, "references",
+    from_address AS "from", from_name, envelope_from, "to", cc, subject, text, html,
+    headers, kind, reason, confirmation, notes, received_at FROM message WHERE id = ?"""
 MESSAGE_HEAD = "\n--- {direction} {received_at} {from_name} <{from}> {kind}\n    {reason}\n"
 ATTACHMENT_LINE = "    attachment {id}: {filename} ({content_type}, {size} bytes) {note}\n"
 
@@ -3820,22 +3832,19 @@ def messages_of(store: Store, ticket: Row, last: int) -> Iterator[tuple[Row, str
     """(object, text) of each message of a ticket, one by one: there may be thousands."""
     ids = store.rows("SELECT id FROM message WHERE ticket = ? ORDER BY id DESC LIMIT ?", [
         ticket["id"], last])
-    for message in (message for row in reversed(ids) for message in store.rows("""
-            SELECT direction, message_id, in_reply_to, "references", from_address AS "from",
-                from_name, envelope_from, "to", cc, subject, text, html, headers, kind,
-                reason, confirmation, notes, received_at, id
-            FROM message WHERE id = ?""", [row["id"]])):
-        for name in ("references", "to", "cc", "headers", "notes"):
-            message[name] = json.loads(message[name])
-        message["attachments"] = store.rows("""SELECT id, filename, content_type,
-            content_id, size, sha256, note FROM attachment WHERE message = ?
-            ORDER BY id""", [message.pop("id")])
-        text = MESSAGE_HEAD.format(**readable(message))
-        for note in message["notes"]:
-            text += f"    note: {note}\n"
-        for each in message["attachments"]:
-            text += ATTACHMENT_LINE.format(**each)
-        yield message, f"{text}\n{message['text'].rstrip()}"
+    for row in reversed(ids):
+        for message in store.rows(MESSAGE, [row["id"]]):    # none: it was just erased
+            for name in ("references", "to", "cc", "headers", "notes"):
+                message[name] = json.loads(message[name])
+            message["attachments"] = store.rows("""SELECT id, filename, content_type,
+                content_id, size, sha256, note FROM attachment WHERE message = ?
+                ORDER BY id""", [row["id"]])
+            text = MESSAGE_HEAD.format(**readable(message))
+            for note in message["notes"]:
+                text += f"    note: {note}\n"
+            for each in message["attachments"]:
+                text += ATTACHMENT_LINE.format(**each)
+            yield message, f"{text}\n{message['text'].rstrip()}"
 
 
 def ticket_of(store: Store, reference: str) -> Row:
@@ -4390,7 +4399,9 @@ def print_result(result: Any, is_json: bool) -> None:
     print(harmless(text))
     for messages in more:
         for place, (message, text) in enumerate(messages):
-            print(harmless("," * bool(place) + as_json(message) if is_json else text))
+            if is_json:
+                text = ("," if place else "") + as_json(message)
+            print(harmless(text))
         if is_json:
             print("]}")
 

@@ -232,7 +232,7 @@ def test_the_connection_is_kept_and_made_anew_when_litestream_was_started_again(
     assert len(litestream.connections) == 2
 
 
-@pytest.mark.parametrize("is_replicated, pages", [(True, 0), (False, 5_000)])
+@pytest.mark.parametrize("is_replicated, pages", [(True, 0), (False, 2_000)])
 def test_only_litestream_checkpoints_what_it_copies(
         litestream, file, clock, monkeypatch, is_replicated, pages):
     if not is_replicated:
