@@ -4344,10 +4344,10 @@ def run_verb(given: Row, words: list[str], clock: Callable[[], float]) -> None:
             if name not in ("serve", "relay"):      # `serve` opens when it listens
                 store.open(create=False)
             result = function(store, *words, **options)
+            if result is not None:
+                print_result(result, "json" in given)
     except Usage as error:
         raise Usage(f"{error}: {usage_of(function)}")
-    if result is not None:
-        print_result(result, "json" in given)
     if name == "doctor" and not all(row["is_ok"] for row in result[0]):
         raise SystemExit(1)
 

@@ -778,6 +778,20 @@ def test_account_set_that_is_refused_makes_no_queue(desk):
     assert desk.sql("SELECT name FROM queue ORDER BY name") == [("Automatic",), ("Support",)]
 
 
+def test_show_reads_nothing_after_the_file_is_closed(desk, monkeypatch):
+    reference = desk.post(desk.mail())["ticket"]
+    closed, close, connect = [], inbound.Store.close, inbound.Store._connect
+    monkeypatch.setattr(inbound.Store, "close", lambda store: closed.append(store) or close(store))
+
+    def connect_once(store):
+        assert store not in closed
+        return connect(store)
+
+    monkeypatch.setattr(inbound.Store, "_connect", connect_once)
+    assert "It burns." in desk.run("show", reference)
+    assert len(closed) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_a_long_ticket_is_shown_in_little_memory(desk, flags):
