@@ -3368,7 +3368,7 @@ def create_server(store: Store, dispatcher: Dispatcher, listen: str) -> Any:
         # Of tiny requests many are read at once, and all wait: no more than its default.
         recv_bytes=2**13, max_request_header_size=16384,
         max_request_body_size=MAX_BODY + 1, clear_untrusted_proxy_headers=False)
-    server.adj.send_bytes = 2**8        # an answer goes out whole, not its headers first
+    server.adj.send_bytes = 200     # over any header: an answer goes out whole
     dispatcher.poll = waitress.wasyncore.poll2
     return server
 
@@ -3550,8 +3550,11 @@ class Dispatcher:
             self.answer(channel)
 
     def answer(self, channel: Any) -> None:
+        is_refused = channel.requests[0].error      # by waitress, which hangs up, too
         try:
             channel.service()
+            if is_refused and not channel.total_outbufs_len:
+                hang_up_slowly(channel)
             if channel.requests and channel.total_outbufs_len:  # a poll would not send it
                 channel._flush_some_if_lockable(do_close=False)
         except Exception:       # waitress: a 100 Continue to who has hung up
@@ -3591,6 +3594,23 @@ class Dispatcher:
         for each in [*self.sockets.values()]:
             if each.writable():
                 each.handle_write()
+
+
+def hang_up_slowly(channel: Any) -> None:
+    """Send no more, and read what is still sent, until the other end or a time-out closes.
+
+    RFC 9112 9.6: a close with bytes unread is a reset, which overtakes the answer; of a
+    413 a proxy would make a 502, and mail that is too large would come again for ever.
+    """
+    answered_at = channel.last_activity
+
+    def discard(_: bytes) -> None:
+        channel.last_activity = answered_at
+
+    channel.received = discard
+    channel.close_when_flushed = False
+    with contextlib.suppress(OSError):      # it has hung up itself
+        channel.socket.shutdown(socket.SHUT_WR)
 
 
 def run_courier(store: Store, stopping: threading.Event) -> None:

@@ -246,7 +246,7 @@ def ceiling(path, is_synced):
     create, settings = waitress.create_server, settings_of_serve(path)
     print(settings)
     server = create(app, listen="127.0.0.1:0", asyncore_use_poll=True, **settings)
-    server.adj.send_bytes = 2**8        # as serve does, which helps a ceiling as much
+    server.adj.send_bytes = 200         # as serve does, which helps a ceiling as much
     print(f"http://127.0.0.1:{server.effective_port}/", flush=True)
     server.run()
 

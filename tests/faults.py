@@ -1549,14 +1549,14 @@ signal.signal = lambda *args: None
 """),
     Mutant("blowup", "JSON costs a second and 8 x its size a megabyte", """
 import json, time
-stock_loads = json.loads
-def loads(text, **more):
+stock_decode = json.JSONDecoder.decode
+def decode(self, text, *more):
     copies, end = [bytes(text, "utf-8") + b"%d" % i for i in range(8)], time.process_time()
     end += len(text) / 1e6
     while time.process_time() < end:
         pass
-    return stock_loads(text, **more)
-json.loads = loads
+    return stock_decode(self, text, *more)
+json.JSONDecoder.decode = decode
 """, inputs="attachment, JSON"),
     Mutant("bomb", "what a relay says is kept ten thousand times", """
 import socket

@@ -357,6 +357,24 @@ def test_many_descriptors_may_be_open(serve):
     assert int(soft) >= min(inbound.DESCRIPTORS, int(hard))
 
 
+def test_a_refusal_is_read_before_the_connection_ends(serve):
+    served = serve()
+    head = post_of("large").partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+    for refused in (re.sub(rb"(?<=Length: )\d+", b"%d" % (inbound.MAX_BODY + 2), head),
+                    re.sub(rb"(?<=Length: )\d+", b"x", head)):
+        with socket.create_connection(("127.0.0.1", served.port), timeout=10) as client:
+            client.sendall(refused + bytes(2**16))
+            received = b""
+            while piece := client.recv(65536):
+                received += piece
+            assert re.match(rb"HTTP/1.[01] 4(?:13|00) ", received)
+            for _ in range(64):         # no reset
+                client.sendall(bytes(2**16))
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as client:
+        client.sendall(b"nonsense\r\n\r\n")
+        assert client.recv(65536) and client.recv(65536) == b""
+
+
 def test_an_answer_leaves_in_one_piece(serve):
     served = serve()
     served.set_account(inbound_secret=SECRET)
