@@ -102,7 +102,7 @@ log = logging.getLogger("inbound")
 
 MAX_BODY = int(os.environ.get("INBOUND_MAX_BODY", 72 * 2**20))  # bytes; 413. 50 MB, base64
 HEAVY = 2**20               # bytes; larger posts are understood one at a time …
-HEAVY_WAIT = 4              # … and wait so many seconds for each other, then 503
+HEAVY_WAIT = 4              # … and wait so many seconds, then 503; `serve` has a queue
 
 # What one mail may be made of. Past a bound it is a ticket with what could be read, and the
 # whole of it is kept as an attachment (SPEC 3.0).
@@ -530,6 +530,9 @@ TROUBLES = """
 # The secrets of all accounts are compared, always, so that the time tells nothing. Of a
 # stranger's post nothing but header lines is looked at.
 
+DOCTOR = "inbound doctor"       # User-Agent of `doctor`, which tries to be refused
+
+
 def authenticate(store: Store, environ: Row) -> tuple[Post, bool]:
     """Return the post, and whether its secret was in the body.
 
@@ -554,7 +557,7 @@ def authenticate(store: Store, environ: Row) -> tuple[Post, bool]:
     found = [account for account in known
              if hmac.compare_digest(account["secret"].encode(), presented)]
     if not found:
-        if environ.get("HTTP_USER_AGENT") != DOCTOR:        # which tries to be refused
+        if environ.get("HTTP_USER_AGENT") != DOCTOR:
             for refusals in (store.refusals, store.uncounted):
                 refusals.append((store.now(), environ.get("REMOTE_ADDR", "")))
         raise Refused(
@@ -1284,7 +1287,7 @@ def mail_of(provider: Provider, post: Any) -> Mail:
     named = {name: at(post, path) for name, path in provider.fields.items()
              if name in CANONICAL}
     if provider.place is None:
-        return {"attachments": []} | named
+        return named
     known = spelled(at(post, provider.place))
     raw = raw_mail_of(at(post, provider.raw))
     if raw:
@@ -3345,8 +3348,8 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080",
         greet(greeting, listen, server, store.accounts()[0]["inbound_secret"])
         notify("READY=1")
         dispatcher.start()
-        while not stopping.wait(1):     # it ends by a signal, of which only this thread
-            pass                        # hears, and none that comes as it falls asleep
+        while not stopping.wait(1):     # a signal ends it: this thread alone gets those,
+            pass                        # and one just before it falls asleep a second late
     finally:
         notify("STOPPING=1")
         if listen.startswith("unix:"):  # first: while we listen it is nobody else's
@@ -3387,9 +3390,8 @@ def keep_no_memory() -> None:
 def have_descriptors() -> None:
     """Raise the soft limit: 1,000 connections, the files of their bodies, the database."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < DESCRIPTORS:
-        with contextlib.suppress(ValueError):       # over the hard one
-            resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, hard))
+    with contextlib.suppress(ValueError):       # over the hard one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, DESCRIPTORS), hard))
 
 
 def place_of(listen: str) -> Row:
@@ -3464,8 +3466,7 @@ class Dispatcher:
 
     def add_task(self, channel: Any) -> None:
         """waitress has read a request, which is the first of `channel.requests`."""
-        is_large = len(channel.requests[0].body_rcv or b"") > LARGE
-        if is_large:
+        if size_of(channel) > LARGE:
             self.large.put(channel)
         else:
             self.waiting.append(channel)
@@ -3530,7 +3531,7 @@ class Dispatcher:
         group: list[Any] = []
         size = 0
         while self.waiting:
-            size += len(self.waiting[0].requests[0].body_rcv or b"")
+            size += size_of(self.waiting[0])
             if group and size > GROUP:
                 break
             group.append(self.waiting.popleft())
@@ -3550,8 +3551,8 @@ class Dispatcher:
             self.answer(channel)
 
     def answer(self, channel: Any) -> None:
-        is_refused = channel.requests[0].error      # by waitress, which hangs up, too
         try:
+            is_refused = channel.requests[0].error      # by waitress, which hangs up, too
             channel.service()
             if is_refused and not channel.total_outbufs_len:
                 hang_up_slowly(channel)
@@ -3594,6 +3595,11 @@ class Dispatcher:
         for each in [*self.sockets.values()]:
             if each.writable():
                 each.handle_write()
+
+
+def size_of(channel: Any) -> int:
+    """Bytes of its request's body; one that is refused may have none."""
+    return len(channel.requests[0].body_rcv or b"")
 
 
 def hang_up_slowly(channel: Any) -> None:
@@ -4172,7 +4178,6 @@ def doctor(store: Store, *, url: str = "") -> Any:
     return rows, "\n".join(lines)
 
 
-DOCTOR = "inbound doctor"           # as User-Agent
 Check = tuple[str, bool, str]       # what is checked, whether it is ok, else what to do
 
 

@@ -265,7 +265,7 @@ def settings_of_serve(path):
     import inbound as program
     with contextlib.suppress(KeyboardInterrupt), contextlib.redirect_stdout(io.StringIO()):
         program.main(["--db", f"{path}.db", "serve", "--listen", "127.0.0.1:0"])
-    taken = taken or {"threads": 4, "asyncore_use_poll": True}      # serve goes another way
+    taken = taken or {"threads": 4}     # serve goes another way
     places = ("listen", "host", "port", "sockets", "unix_socket", "unix_socket_perms", "map")
     return {name: value for name, value in taken.items() if not name.startswith("_")
             and name not in places}
