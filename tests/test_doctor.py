@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -276,7 +277,8 @@ def test_a_person_is_erased_and_nobody_else(ready):
     assert "bob's own words" in texts and not any("ada" in text for text in texts)
     for table in ("ticket", "message", "outbox", "rejected"):
         for row in ready.records(f"SELECT * FROM {table}"):
-            assert "ada@" not in str(row).lower() and "ada+x@" not in str(row).lower(), (table, row)
+            # A whole word: one of 4,096 of our own Message-IDs ends in …ada.
+            assert not re.search(r"\bada(?:\+x)?@", str(row).lower()), (table, row)
     assert ready.count("attachment") == 1 and ready.count("rejected") == 1
 
 
