@@ -443,7 +443,12 @@ def receive(store: Store, post: Post) -> Steps:
             for name, fault in refusal.fields.items()})
     except Exception as error:
         filings = [fault_of(error, post, reading.provider)]
-    answers = yield file_post, post, filings
+    try:
+        answers = yield file_post, post, filings
+    except Exception as error:
+        if isinstance(error, Refused) and error.status == 503:
+            raise           # nothing can be stored now; else one of them cannot be filed
+        answers = yield file_post, post, filings, in_savepoint
     if len(post.body) > HEAVY:
         store.let_go()
     if not answers:
@@ -1507,6 +1512,8 @@ def mailboxes_of(value: Any) -> list[tuple[str, str]]:
     (CVE-2023-27043). Here each @ that is not a name's has to be part of an address.
     """
     mailboxes: list[tuple[str, str]] = []
+    if not value:
+        return mailboxes
     if isinstance(value, str):
         text = value[:MAX_ADDRESS_HEADER].replace("&lt;", "<").replace("&gt;", ">")
         text = CONTROLS.sub(" ", clean(text))
@@ -2032,8 +2039,11 @@ def mailbox_key(address: str) -> str:
 
 # -----------------------------------------------------------------------------------------
 # Store: one reader, one writer. What waits for the writer shares one transaction and one
-# fsync, with a SAVEPOINT each. A message *is* stored when COMMIT returns and the file is
-# still the one that stands at the path.
+# fsync. A message *is* stored when COMMIT returns and the file is still the one that stands
+# at the path.
+#
+# When one of those raises, all is undone and done again with a SAVEPOINT each, which then
+# is undone alone. Not at once: SQLite copies each page that changes in one, into a file.
 #
 # WAL with synchronous=FULL: SQLite's defaults lose acknowledged rows on a power cut. Of a
 # process only the writer checkpoints: before 3.51.3 SQLite may corrupt a file that two do
@@ -2182,17 +2192,7 @@ class Store:
         jobs: list[Job] = []
         try:
             writer = self._begin()
-            while self._jobs:
-                job = self._jobs.popleft()
-                jobs.append(job)
-                try:
-                    job.result = in_savepoint(writer, job.work, self.now(), *job.args)
-                except Exception as error:
-                    # A full disk ends all of it. What SQLite may not write it opens to
-                    # read, without a word, and tells so only here.
-                    if not writer.in_transaction or "readonly" in str(error):
-                        raise
-                    job.error = error
+            self._do(writer, jobs)
             writer.execute("COMMIT")
             self._refuse_if_replaced()
             if writer.total_changes:    # a look for mail that finds none proves nothing
@@ -2215,6 +2215,28 @@ class Store:
                 job.error = job.error or error
         for job in jobs:
             job.is_done = True
+
+    def _do(self, writer: DB, jobs: list[Job]) -> None:
+        """Do all that waits, and who comes meanwhile; it is then in `jobs`."""
+        run = at_once
+        while self._jobs:
+            job = self._jobs.popleft()
+            jobs.append(job)
+            try:
+                job.result = run(writer, job.work, self.now(), *job.args)
+            except Exception as error:
+                # A full disk ends all of it. What SQLite may not write it opens to read,
+                # without a word, and tells so only here.
+                if not writer.in_transaction or "readonly" in str(error):
+                    raise
+                if run is in_savepoint:
+                    job.error = error
+                    continue
+                run = in_savepoint
+                writer.execute("ROLLBACK")
+                writer.execute("BEGIN IMMEDIATE")
+                self._jobs.extendleft(reversed(jobs))
+                jobs.clear()
 
     def _begin(self) -> DB:
         """The writer in a transaction. Nobody waits for a lock that was there just now."""
@@ -2316,6 +2338,10 @@ def files_at(path: str) -> dict[str, Any]:
         with contextlib.suppress(FileNotFoundError):
             found[end] = os.stat(path + end)[1:3]
     return found
+
+
+def at_once(db: DB, work: Work, *args: Any) -> Any:
+    return work(db, *args)
 
 
 def in_savepoint(db: DB, work: Work, *args: Any) -> Any:
@@ -2467,21 +2493,22 @@ def new_secret() -> str:
 # File: what happens to one message inside the transaction, and what is kept of a post that
 # became none.
 
-def file_post(db: DB, now: int, post: Post, filings: list[Filing | str]) -> list[Row]:
+def file_post(db: DB, now: int, post: Post, filings: list[Filing | str],
+              run: Callable[..., Any] = at_once) -> list[Row]:
     """Store each member of a post; one that was not understood has it kept, once.
 
-    What cannot be filed costs nothing but this member.
+    What cannot be filed raises; run `in_savepoint` it costs nothing but this member.
     """
     answers: list[Row] = []
     faults: list[str] = []
     for filing in filings:
         try:
             if isinstance(filing, Filing):
-                answers.append(in_savepoint(db, file_message, now, post, filing))
+                answers.append(run(db, file_message, now, post, filing))
                 continue
             fault = filing
         except Exception as error:
-            if type(error) in TROUBLE:
+            if run is at_once or type(error) in TROUBLE:
                 raise
             fault = fault_of(error, post, "filing")
         faults.append(fault)
@@ -2519,7 +2546,7 @@ def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
         ours = db.execute(THREAD[1], [[[message.message_id]], account["id"], ""]).fetchone()
     if ours:
         found = "it bears the Message-ID of a mail of ours"
-        message.notes.append(found)
+        add_note(message, found)
         answer = file_mail(db, now, post, filing, ours, found)
         # A word of ours that comes back is nobody's last.
         db.execute("UPDATE ticket SET last_writer = ? WHERE id = ?", [
@@ -2597,7 +2624,7 @@ def touch_ticket(db: DB, now: int, ticket: Row, filing: Filing, is_news: bool) -
         db, ticket, mailbox_key(author), ["confirmation", "reply", "answer"], 1)
     is_reaction = filing.kind in ("bounce", "auto-reply")
     if not is_party and not is_reaction:
-        filing.message.notes.append(f"written by a stranger to this ticket: {author}")
+        add_note(filing.message, f"written by a stranger to this ticket: {author}")
     db.execute("""UPDATE ticket SET updated_at = ?, status = iif(?, 'open', status),
         last_writer = iif(?, last_writer, 'customer') WHERE id = ? AND ?""", [
             now, filing.kind == "human" and bool(is_party), is_reaction, ticket["id"],
@@ -2617,6 +2644,12 @@ def insert_message(db: DB, now: int, ticket: Row, message: Message, reason: str,
         columns = vars(item) | {"sha256": item.sha256}
         insert(db, "attachment", message=row, size=len(item.content or b""), **columns)
     return row
+
+
+def add_note(message: Message, note: str) -> None:
+    """Note it once, however often the message is filed before it is stored."""
+    if note not in message.notes:
+        message.notes.append(note)
 
 
 def insert(db: DB, table: str, **row: Any) -> int:
@@ -2938,10 +2971,10 @@ def file_for_team(db: DB, now: int, post: Post, filing: Filing, ticket: Row | No
         if not ticket and is_staff and any(each.endswith(end) for each in our_ids(message)):
             raise Refused(404, "the ticket that it answers is not kept any more")
         if is_staff:
-            message.notes.append("its From is the team's, but it answers no notice")
+            add_note(message, "its From is the team's, but it answers no notice")
     except Refused as error:
         refusal = error.reason
-        message.notes.append(f"not sent on as an answer: {refusal}")
+        add_note(message, f"not sent on as an answer: {refusal}")
     withheld = filing.withheld or refusal
     answer = file_mail(db, now, post, replace(filing, withheld=withheld), ticket, found)
     ticket = db.execute("""SELECT ticket.*, name FROM ticket JOIN queue ON queue.id = queue

@@ -449,6 +449,30 @@ def test_one_bad_write_never_costs_its_neighbours(desk):
         "Automatic", "Support", *good]
 
 
+def test_what_is_done_again_for_a_bad_neighbour_is_stored_and_noted_once(desk):
+    first = desk.post(desk.mail())
+    [account] = desk.store.accounts()
+    post = inbound.Post(account, [account["address"]], "application/json", json.dumps(desk.mail(
+        **{"from": "eve@elsewhere.example"}, message_id="<second@elsewhere.example>",
+        in_reply_to="<first@customer.example>")).encode())
+    progress = inbound.Progress(inbound.receive(desk.store, post))
+    bad = inbound.Job(adds("bad", ValueError("no")))
+    desk.store.commit([progress.job, bad])
+    _, answer = progress.finish(desk.store)
+    assert isinstance(bad.error, ValueError)
+    assert (answer["status"], answer["ticket"]) == ("appended", first["ticket"])
+    [_, (notes,)] = desk.sql("SELECT notes FROM message WHERE direction = 'in' ORDER BY id")
+    assert len(json.loads(notes)) == 1 and "stranger" in notes
+
+
+def test_a_savepoint_is_only_opened_where_something_raised(desk):
+    statements = []
+    desk.store.write(lambda db, now: db.set_trace_callback(statements.append))
+    desk.post(desk.mail())
+    assert any(each.startswith("COMMIT") for each in statements)
+    assert not any("SAVEPOINT" in each for each in statements)
+
+
 def test_writers_that_wait_share_a_commit(desk):
     statements = []
     desk.store.write(lambda db, now: db.set_trace_callback(statements.append))
@@ -474,6 +498,16 @@ def test_a_commit_that_fails_is_told_to_every_writer_of_it(desk, impatient):
 
 def explode(*args, **kwargs):
     raise RuntimeError("a fault that nobody thought of")
+
+
+def test_what_filing_refuses_is_kept_and_never_a_4xx(desk):
+    def refuse(*args):
+        raise inbound.Refused(400, "no mail of ours can be written")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inbound, "open_ticket", refuse)
+        assert desk.post(desk.mail())["status"] == "quarantined"
+    assert (desk.count("ticket"), desk.count("rejected")) == (0, 1)
 
 
 @pytest.mark.parametrize("stage", ["read", "normalise", "classify", "thread", "confirm"])
