@@ -2744,12 +2744,13 @@ DELIVERABLE = re.compile(
 # An id that may stand in a header of ours: printable ASCII but < and >, no encoded-word,
 # and not made up by us for a mail without one.
 OWN_ID = re.compile(rf"(?!.*=\?)<[!-;=?-~]{{1,{MAX_OWN_ID - 2}}}(?<!@missing\.invalid)>")
-# (column of email_account, seconds, column of outbox that is counted by)
+# (column of email_account, seconds, column of outbox that is counted by), first the one that
+# a flood from everywhere is stopped by
 CAPS = (
+    ("confirmations_per_hour", 3600, "email_account"),
     ("confirmations_per_address_hour", 3600, "mailbox"),
     ("confirmations_per_address_day", 86400, "mailbox"),
-    ("confirmations_per_domain_hour", 3600, "domain"),
-    ("confirmations_per_hour", 3600, "email_account"))
+    ("confirmations_per_domain_hour", 3600, "domain"))
 # Where so many people have their mailboxes that a domain says nothing.
 LARGE_PROVIDERS = frozenset(re.findall(r"\S+", """
     126.com 163.com aol.com att.net bluewin.ch btinternet.com comcast.net daum.net
