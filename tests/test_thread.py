@@ -196,6 +196,14 @@ def test_the_exact_id_goes_before_one_of_another_case(desk):
         appended(desk, lower, in_reply_to=FIRST, **{"from": BOB})
 
 
+def test_an_id_in_another_case_is_another_message_and_each_is_kept_once(desk):
+    ids = [FIRST, FIRST.upper(), FIRST.title()]
+    for status in ("created", "duplicate"):
+        assert [desk.post(desk.mail(message_id=each))["status"] for each in ids] == [status] * 3
+    assert desk.sql("SELECT message_id FROM message WHERE direction = 'in'") == [
+        (each,) for each in ids]
+
+
 # What we sent -------------------------------------------------------------------------------------
 
 def test_a_reply_to_our_confirmation_finds_its_ticket(desk):
