@@ -2906,21 +2906,20 @@ class Verbatim(email.policy.Compat32):
         return f"{name}: {value}\r\n".replace("> <", ">\r\n <").encode()
 
 
-def send_later(db: DB, now: int, ticket: Row, draft: Message, purpose: str) -> int:
-    """Store a drafted mail as message and outbox row; return the former's id."""
-    row = insert_message(db, now, ticket, draft, f"our {purpose}")
-    enqueue(db, now, ticket, row, draft, purpose)
-    return row
+def send_later(db: DB, now: int, ticket: Row, draft: Message, purpose: str,
+               row: int = 0) -> int:
+    """Put a mail into the outbox; its bytes never change any more.
 
-
-def enqueue(db: DB, now: int, ticket: Row, row: int, draft: Message, purpose: str) -> None:
-    """Put a mail about message `row` into the outbox; its bytes never change any more."""
+    It is about message `row`, or 0 makes it a message itself. Return that message's id.
+    """
+    row = row or insert_message(db, now, ticket, draft, f"our {purpose}")
     [recipient] = draft.to
     mailbox = mailbox_key(recipient)
     insert(db, "outbox", message=row, own_message_id=draft.message_id, purpose=purpose,
            email_account=ticket["email_account"], recipient=recipient, mailbox=mailbox,
            domain=domain_key(mailbox), content=draft.content, created_at=now,
            next_attempt_at=now, give_up_at=now + GIVE_UP)
+    return row
 
 
 # -----------------------------------------------------------------------------------------
@@ -3052,7 +3051,7 @@ def file_answer(db: DB, now: int, post: Post, ticket: Row, message: Message) -> 
         raise Refused(422, "there is nothing in it but what it quotes")
     row = insert_message(db, post.received_at or now, ticket, message, reason)
     if draft:
-        enqueue(db, now, ticket, row, draft, "answer")
+        send_later(db, now, ticket, draft, "answer", row)
     shown = replace(message, text=text)
     team_wrote(db, now, account, ticket, row, shown, reason, is_closing)
     return {"status": "appended", "ticket": ticket["reference"], "message": row,
@@ -3141,11 +3140,11 @@ def tell(db: DB, now: int, account: Row, ticket: Row, row: int, message: Message
             if sent_lately(db, now, "summary", mailbox):
                 continue
         with contextlib.suppress(Refused):      # no notice is worth the message
-            enqueue(db, now, ticket, row, draft_mail(
+            send_later(db, now, ticket, draft_mail(
                 account, now, address, NOTICE | {TOLD: ticket["reference"]}, text=text,
                 name=f"{author[:60]} via {us or account['address']}",
                 subject=f"[{ticket['reference']}] {ticket['subject'][:200]}",
-                ancestors=mails_about(db, ticket, mailbox, ["notice"], 10)), purpose)
+                ancestors=mails_about(db, ticket, mailbox, ["notice"], 10)), purpose, row)
 
 
 def notice_text(db: DB, ticket: Row, row: int, message: Message, words: list[str]) -> str:
@@ -3167,11 +3166,11 @@ def refuse(db: DB, now: int, post: Post, ticket: Row, row: int, message: Message
            refusal: str) -> None:
     """Say to the writer of a mail why it is no answer, within the caps."""
     if not reason_to_withhold(db, now, post, message, "refusal"):
-        enqueue(db, now, ticket, row, draft_mail(
+        send_later(db, now, ticket, draft_mail(
             post.account, now, message.from_address, AUTOMATIC,
             subject=f"[{ticket['reference']}] Your mail was not sent on",
             text=REFUSAL.format(ticket["reference"], refusal),
-            ancestors=[message.message_id]), "refusal")
+            ancestors=[message.message_id]), "refusal", row)
 
 
 # -----------------------------------------------------------------------------------------
