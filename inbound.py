@@ -2779,12 +2779,11 @@ AUTOMATIC = {"Auto-Submitted": "auto-replied", "X-Auto-Response-Suppress": "All"
 def confirm(db: DB, now: int, post: Post, ticket: Row, message: Message,
             withheld: str) -> tuple[Message | None, str]:
     """Return (draft, reason) of a new ticket's confirmation; no draft if a rule forbids."""
-    withheld = withheld or reason_to_withhold(db, now, post, message)
     reference = ticket["reference"]
     try:
         if not withheld:
-            return draft_mail(
-                post.account, now, message.from_address, AUTOMATIC,
+            return draft_automatic(
+                db, now, post, message, "confirmation",
                 subject=f"[{reference}] We received your message",
                 text=post.account["template"].replace("{reference}", reference),
                 ancestors=[*message.references, message.message_id]), "confirmation queued"
@@ -2793,22 +2792,25 @@ def confirm(db: DB, now: int, post: Post, ticket: Row, message: Message,
     return None, f"confirmation withheld: {withheld}"
 
 
-def reason_to_withhold(db: DB, now: int, post: Post, message: Message,
-                       purpose: str = "confirmation") -> str:
-    """Why a new ticket is not confirmed, signs on the mail apart; "" = it may be."""
+def draft_automatic(db: DB, now: int, post: Post, message: Message, purpose: str,
+                    **parts: Any) -> Message:
+    """An automatic answer to a mail, of `parts` as draft_mail takes them.
+
+    Refused where it may have none, signs on the mail apart.
+    """
     recipient = deliverable(message.from_address)
     mailbox = mailbox_key(recipient or message.from_address)
     if mailbox in map(mailbox_key, post.own_addresses):
-        return "the mail comes from our own address"
+        raise Refused(403, "the mail comes from our own address")
     if message.from_count > 1 or not recipient:
-        return "From is not one address that we write to (RFC 3834 3.1.3)"
+        raise Refused(403, "From is not one address that we write to (RFC 3834 3.1.3)")
     counted = {"mailbox": mailbox, "domain": domain_key(mailbox),
                "email_account": post.account["id"]}
     for cap, seconds, column in CAPS:
         if counted[column] not in LARGE_PROVIDERS and sent_lately(
                 db, now, purpose, counted[column], column, seconds) >= post.account[cap]:
-            return f"the cap {cap} is reached"
-    return ""
+            raise Refused(429, f"the cap {cap} is reached")
+    return draft_mail(post.account, now, recipient, AUTOMATIC, **parts)
 
 
 def sent_lately(db: DB, now: int, purpose: str, to: Any, column: str = "mailbox",
@@ -2993,7 +2995,12 @@ def file_for_team(db: DB, now: int, post: Post, filing: Filing, ticket: Row | No
         WHERE reference = ?""", [answer["ticket"]]).fetchone()
     # From of staff is no stranger's, even where it may be forged: they want to know.
     if refusal and filing.kind == "human" and (is_staff or not filing.withheld):
-        refuse(db, now, post, ticket, answer["message"], message, refusal)
+        with contextlib.suppress(Refused):
+            send_later(db, now, ticket, draft_automatic(
+                db, now, post, message, "refusal",
+                subject=f"[{ticket['reference']}] Your mail was not sent on",
+                text=REFUSAL.format(ticket["reference"], refusal),
+                ancestors=[message.message_id]), "refusal", answer["message"])
     # Two of the team on vacation do not tell each other so.
     if not (is_staff and withheld or filing.kind in ("auto-reply", "bounce")
             or ticket["name"] == "Automatic"
@@ -3160,17 +3167,6 @@ def notice_text(db: DB, ticket: Row, row: int, message: Message, words: list[str
         for each in [*words, HOW_TO_ANSWER.format(**ticket)]]
     text = message.text[:MAX_TOLD].replace(PREFIX.strip(), "[ inbound]").rstrip()
     return "\n".join([first, "", text, "", *last, ""])
-
-
-def refuse(db: DB, now: int, post: Post, ticket: Row, row: int, message: Message,
-           refusal: str) -> None:
-    """Say to the writer of a mail why it is no answer, within the caps."""
-    if not reason_to_withhold(db, now, post, message, "refusal"):
-        send_later(db, now, ticket, draft_mail(
-            post.account, now, message.from_address, AUTOMATIC,
-            subject=f"[{ticket['reference']}] Your mail was not sent on",
-            text=REFUSAL.format(ticket["reference"], refusal),
-            ancestors=[message.message_id]), "refusal", row)
 
 
 # -----------------------------------------------------------------------------------------
