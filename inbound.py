@@ -3248,26 +3248,33 @@ class Relay:
     account: Row
     smtp: Any = None
 
-    def deliver(self, row: Row) -> tuple[str, str]:
+    def deliver(self, row: Row | None) -> tuple[str, str]:
         """Return (state, error): sent, failed (5xx for it), queued (all that may pass).
 
-        A session that cannot be used any more is closed: `smtp` is None again.
+        A session that cannot be used any more is closed: `smtp` is None again. Without a
+        row it is opened, and that is all.
         """
         is_ready = False
+        # smtplib has no deadline in all: a server that drips bytes would hold us for ever.
+        watchdog = threading.Timer(DELIVERY, self.abort)
+        watchdog.daemon = True
+        watchdog.start()
         try:
-            with self.deadline() as watchdog:
-                if self.smtp is None:
-                    self.connect()
-                if not watchdog.is_alive():     # it could not cut short what DNS took
-                    raise TimeoutError(f"no session within {DELIVERY} s")
-                is_ready = True
+            if self.smtp is None:
+                self.connect()
+            if not watchdog.is_alive():     # it could not cut short what DNS took
+                raise TimeoutError(f"no session within {DELIVERY} s")
+            is_ready = True
+            if row:
                 self.smtp.sendmail(row["envelope_from"], [row["recipient"]], row["content"])
             return "sent", ""
         except smtplib.SMTPRecipientsRefused as error:
-            code, words = error.recipients[row["recipient"]]
+            [(code, words)] = error.recipients.values()
         except (OSError, ValueError) as error:      # SMTPException is an OSError
             code = getattr(error, "smtp_code", 0)
             words = getattr(error, "smtp_error", repr(error).encode())
+        finally:
+            watchdog.cancel()
         text = one_line(f"{code or ''} {decode(words, None)}")[:300]
         # RFC 5321 4.2.1: 5yz is permanent, 4yz may pass; 3.8: a 421 ends the session.
         if is_ready and code not in (0, 421):
@@ -3297,20 +3304,6 @@ class Relay:
             self.smtp.starttls(context=context)
         if account["smtp_username"] is not None:    # the schema forbids it without TLS
             self.smtp.login(account["smtp_username"], account["smtp_password"] or "")
-
-    @contextlib.contextmanager
-    def deadline(self) -> Iterator[threading.Timer]:
-        """End what is done in here after DELIVERY seconds: smtplib has no total deadline.
-
-        A server that drips bytes would hold us for ever.
-        """
-        watchdog = threading.Timer(DELIVERY, self.abort)
-        watchdog.daemon = True
-        watchdog.start()
-        try:
-            yield watchdog
-        finally:
-            watchdog.cancel()
 
     def abort(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
@@ -4264,13 +4257,10 @@ def checks_of_account(store: Store, account: Row) -> Iterator[Check]:
         yield (f"previous secret of {address}", False,
                "still in use: paste the new URL everywhere")
     if account["smtp_host"]:
-        words = ""
-        try:
-            with contextlib.closing(Relay(account)) as session, session.deadline():
-                session.connect()
-        except (OSError, ValueError) as error:      # SMTPException is an OSError
-            words = f"{printable(str(error))[:200]}: see `inbound account set smtp_…`"
-        yield f"relay of {address}", not words, words
+        with contextlib.closing(Relay(account)) as session:
+            _, words = session.deliver(None)
+        yield (f"relay of {address}", not words,
+               f"{words}: see `inbound account set smtp_…`")
 
 
 def checks_of_url(store: Store, url: str) -> Iterator[Check]:
