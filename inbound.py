@@ -3210,22 +3210,21 @@ def settle(db: DB, now: int, row: Row, state: str, error: str) -> None:
 
 def send_due(store: Store) -> Counter[str]:
     """Deliver all that is due; return a Counter of outcomes."""
-    return sum((send_for(store, account) for account in store.accounts()), Counter[str]())
+    return Counter(
+        state for account in store.accounts() for state in send_for(store, account))
 
 
-def send_for(store: Store, account: Row) -> Counter[str]:
-    """Deliver what is due of one account, in one session."""
-    outcomes: Counter[str] = Counter()
+def send_for(store: Store, account: Row) -> Iterator[str]:
+    """Deliver what is due of one account, in one session; yield the outcome of each mail."""
     with contextlib.closing(Relay(account)) as relay:
         while row := store.write(claim, account):       # nothing due: nothing is written
             state, error = relay.deliver(row)
-            outcomes[state] += 1
             log.info("outbox %d to %s %s: %s",
                      row["id"], row["recipient"], state, printable(error))
             settle_for_sure(store, row, state, error)
+            yield state
             if relay.smtp is None:      # one try at a look, not one a row
                 break
-    return outcomes
 
 
 def settle_for_sure(store: Store, row: Row, state: str, error: str) -> None:
@@ -3688,7 +3687,7 @@ def deliver_for(store: Store, account: Row) -> None:
     try:
         if store.failing_since:     # still? Where nothing is due nothing else would tell
             store.write(rehearse)
-        if send_for(store, account)["sent"]:
+        if "sent" in [*send_for(store, account)]:
             store.has_mail.set()    # it may have been set while we said QUIT
     except Refused as refusal:
         log.error("courier: %s", printable(refusal.reason))
