@@ -2865,7 +2865,7 @@ def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, s
     name = one_line(name or account["display_name"] or "").replace("=?", "= ?")
     subject = subject.replace("=?", "= ?")
     ours = account["address"]
-    mail = email.message.EmailMessage(Verbatim(linesep="\r\n"))
+    mail = email.message.EmailMessage(Verbatim())
     for header, value in {
             "From": email.utils.formataddr((name, ours)), "To": recipient,
             "Subject": subject, "Date": email.utils.formatdate(now),
@@ -2876,12 +2876,10 @@ def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, s
         if value:
             mail[header] = value
     # Quoted-printable is what people can read, and takes up to 2 s a megabyte.
-    encoding = "quoted-printable" if len(text) < 2**16 else "base64"
-    manager = email.contentmanager.raw_data_manager
-    mail.set_content(text, cte=encoding, content_manager=manager)
+    mail.set_content(text, cte="quoted-printable" if len(text) < 2**16 else "base64")
     for file in files:
         mail.add_attachment(file.content, *file.content_type.split("/"),
-                            filename=file.filename, content_manager=manager)
+                            filename=file.filename)
     content = mail.as_bytes()
     head = content.partition(b"\r\n\r\n")[0]
     if (email.message_from_bytes(head).keys() != mail.keys()
@@ -2901,6 +2899,9 @@ class Verbatim(email.policy.Compat32):
     The newer policy makes of a long In-Reply-To an encoded-word that threads nowhere, and
     of a long quoted name with commas in From several mailboxes.
     """
+
+    linesep = "\r\n"
+    content_manager = email.contentmanager.raw_data_manager
 
     def fold_binary(self, name: str, value: str) -> bytes:
         if not value.isascii():
@@ -3215,7 +3216,7 @@ def send_due(store: Store) -> Counter[str]:
 
 
 def send_for(store: Store, account: Row) -> Iterator[str]:
-    """Deliver what is due of one account, in one session; yield the outcome of each mail."""
+    """Deliver what is due of one account, in one session; yield the state of each."""
     with contextlib.closing(Relay(account)) as relay:
         while row := store.write(claim, account):       # nothing due: nothing is written
             state, error = relay.deliver(row)
@@ -3760,6 +3761,10 @@ def change_account(store: Store, account: str, values: Row) -> None:
 
 
 def update_account(db: DB, now: int, values: Row) -> None:
+    for each in ADDRESSES(values.get("staff") or ""):
+        if mailbox_key(deliverable(each)) not in staff_of(db, values):
+            raise Refused(400, f"nobody can be told at {each!r}: expected an address that "
+                               "we can write to, and none that is our own")
     if "queue" in values:       # a name that is new makes a queue
         values = values | db.execute("""INSERT INTO queue (name) VALUES (?)
             ON CONFLICT (name) DO UPDATE SET is_default = is_default RETURNING id AS queue
@@ -3830,11 +3835,6 @@ def account_set(store: Store, setting: str, *more: str, account: str = "") -> An
             raise Usage(f"{name!r} is no setting{nearest(name, known)}: expected KEY=VALUE "
                         f"with a KEY of {', '.join(known)}")
         values[name] = value or None
-    ours = {mailbox_key(row["address"]) for row in store.accounts()}
-    for each in ADDRESSES(values.get("staff") or ""):
-        if not deliverable(each) or mailbox_key(each) in ours:
-            raise Refused(400, f"nobody can be told at {each!r}: expected an address that "
-                               "we can write to, and none that is our own")
     change_account(store, account, values)
     changed = account_show(store, account=values.get("address", account))
     return {name: changed[name] for name in values}
@@ -3936,7 +3936,7 @@ def reply(store: Store, reference: str, *, to: str = "") -> Any:
     text = clean(decode(sys.stdin.buffer.read(), None))
     if not text.strip():
         raise Refused(400, "the reply is empty: expected its text on standard input")
-    [account] = [row for row in store.accounts() if row["id"] == ticket["email_account"]]
+    account = store.accounts(ticket["email_account"])[0]
     last = store.rows("""SELECT from_address FROM message WHERE ticket = ?
         AND direction = 'in' ORDER BY id DESC LIMIT 1""", [ticket["id"]])[0]
     draft = store.write(send_reply, account, ticket, to or ticket["requester"], text)
