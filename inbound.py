@@ -3164,7 +3164,7 @@ def notice_text(db: DB, ticket: Row, row: int, message: Message, words: list[str
     if len(message.text) > MAX_TOLD:
         words.append(f"the whole text: inbound show {ticket['reference']}")
     first, *last = [
-        "\n".join(textwrap.wrap(each, 68, initial_indent=PREFIX, subsequent_indent=PREFIX))
+        textwrap.fill(each, 68, initial_indent=PREFIX, subsequent_indent=PREFIX)
         for each in [*words, HOW_TO_ANSWER.format(**ticket)]]
     text = message.text[:MAX_TOLD].replace(PREFIX.strip(), "[ inbound]").rstrip()
     return "\n".join([first, "", text, "", *last, ""])
@@ -3348,7 +3348,7 @@ Paste this into your provider's inbound webhook, with your own https host name i
   curl {at}-H 'X-Mobieus-Inbound-Secret: {secret}' \
 -H 'Content-Type: application/json' {url} \\
     -d '{{"from": "ada@example.org", "text": "It works.", \
-"message_id": "<{id}@example.org>"}}'
+"message_id": "<first@example.org>"}}'
 """
 LISTENING = "listening: {at}{url} (`inbound secret` prints the secret)"
 
@@ -3435,12 +3435,10 @@ def place_of(listen: str) -> Row:
 
     What a dead one left there waitress replaces. It would a live one's, too.
     """
-    if not listen.strip():
-        raise ValueError("expected HOST:PORT or unix:/path")
     if not listen.startswith("unix:"):
-        port = listen.rpartition(":")[2]
-        if port.isdigit() and int(port) > 65535:    # getaddrinfo(3) takes what is left
-            raise ValueError("expected a port up to 65535")
+        port = listen.rpartition(":")[2]    # of a larger one getaddrinfo(3) takes a part
+        if not port.isdecimal() or int(port) > 65535:
+            raise ValueError("expected HOST:PORT with a port up to 65535, or unix:/path")
         return {"listen": listen}
     path = listen[5:]
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as client:
@@ -3458,8 +3456,8 @@ def greet(greeting: str, listen: str, server: Any, secret: str) -> None:
     at, host = "", f"{listen.rpartition(':')[0]}:{port}"
     if listen.startswith("unix:"):
         at, host = f"--unix-socket {shlex.quote(listen[5:])} ", "localhost"
-    print(greeting.format(at=at, url=f"http://{host}{ENDPOINT}", secret=secret,
-                          id=secrets.token_hex(8)), flush=True)
+    url = f"http://{host}{ENDPOINT}"
+    print(greeting.format(at=at, url=url, secret=secret), flush=True)
 
 
 def notify(state: str) -> None:
