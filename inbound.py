@@ -3683,6 +3683,7 @@ def run_courier(store: Store, stopping: threading.Event) -> None:
 
 
 def deliver_for(store: Store, account: Row) -> None:
+    """What ends it but Refused, `threading` prints; the next look starts another."""
     try:
         if store.failing_since:     # still? Where nothing is due nothing else would tell
             store.write(rehearse)
@@ -3690,8 +3691,6 @@ def deliver_for(store: Store, account: Row) -> None:
             store.has_mail.set()    # it may have been set while we said QUIT
     except Refused as refusal:
         log.error("courier: %s", printable(refusal.reason))
-    except Exception:
-        log.exception("the courier goes on after this")
 
 
 def write_counts(store: Store) -> None:
@@ -4073,13 +4072,12 @@ def rejected_show(store: Store, identifier: str) -> Any:
     Print a post as it is kept, secrets starred out.
     """
     row = rejected_row(store, identifier)
-    return row | {"body": decode(row["body"], None)}
+    return row | {"body": decode(row["body"], None), "size": len(row["body"])}
 
 
 def rejected_row(store: Store, identifier: str) -> Row:
-    return one_of(store.rows(
-        "SELECT *, length(body) AS size FROM rejected WHERE id = ?", [identifier]),
-        f"rejected post {identifier!r}: see `inbound rejected`")
+    return one_of(store.rows("SELECT * FROM rejected WHERE id = ?", [identifier]),
+                  f"rejected post {identifier!r}: see `inbound rejected`")
 
 
 def rejected_replay(store: Store, identifier: str = "") -> Any:
