@@ -3683,7 +3683,6 @@ def run_courier(store: Store, stopping: threading.Event) -> None:
 
 
 def deliver_for(store: Store, account: Row) -> None:
-    """What ends it but Refused, `threading` prints; the next look starts another."""
     try:
         if store.failing_since:     # still? Where nothing is due nothing else would tell
             store.write(rehearse)
@@ -3691,6 +3690,8 @@ def deliver_for(store: Store, account: Row) -> None:
             store.has_mail.set()    # it may have been set while we said QUIT
     except Refused as refusal:
         log.error("courier: %s", printable(refusal.reason))
+    except Exception:
+        log.exception("the courier goes on after this")
 
 
 def write_counts(store: Store) -> None:
