@@ -185,8 +185,7 @@ class Reading:
     """What a body turned out to be: members that are mails, or a notice without any."""
 
     provider: str
-    members: list[Any]
-    to_mail: Callable[[Any], Mail] = dict
+    members: list[Callable[[], Mail]]   # each is read on its own
     is_batch: bool = False
     notice: str = ""                    # why there is no mail in it
     is_kept: bool = False               # whether an admin has to see the notice
@@ -473,16 +472,16 @@ def one_heavy_at_a_time(body: bytes) -> Iterator[None]:
             HEAVY_LOCK.release()
 
 
-def understand(reading: Reading, member: Any, post: Post) -> Filing | str:
-    """Normalise and classify a member of a post; or say what a bug of ours made of it."""
+def understand(reading: Reading, member: Callable[[], Mail], post: Post) -> Filing | str:
+    """Normalise and classify a member of a post; or say why this one of many cannot be."""
     try:
-        mail = reading.to_mail(member)
+        mail = member()
         if reading.cut and member is reading.members[-1]:   # what is missing is at the end
             kept = safe(post)
             mail["whole"] = (reading.cut, "post", kept.content_type, kept.body)
         return classify(normalise(mail, is_strict=reading.provider == "canonical"), post)
     except Exception as error:
-        if isinstance(error, Refused) and not reading.is_batch:
+        if not reading.is_batch:
             raise
         return fault_of(error, post, reading.provider)
 
@@ -661,7 +660,7 @@ def read(post: Post, own_providers: Callable[[], Any]) -> Reading:
     """
     fields = fields_of(post.content_type, post.body)
     if isinstance(fields, bytes):
-        return Reading("raw", [fields], mail_of_mime)
+        return Reading("raw", [functools.partial(mail_of_mime, fields)])
     provider = provider_of(fields, own_providers)
     if provider is None:
         if notice := notice_in(fields):
@@ -674,10 +673,11 @@ def read(post: Post, own_providers: Callable[[], Any]) -> Reading:
                                "the table `provider`, then `inbound rejected replay`, or "
                                "send the canonical body (`from`, `message_id`, …)")
         provider = CANONICAL_BODY
-    members = members_of(provider, fields) if provider.is_batch else [fields]
+    is_batch = provider.member is not None
+    members = members_of(provider, fields) if is_batch else [fields]
     return Reading(
-        provider.name, members, functools.partial(mail_of, provider), cut=fields.cut,
-        is_batch=provider.is_batch, notice=f"{provider.name} posted no mail")
+        provider.name, [functools.partial(mail_of, provider, each) for each in members],
+        is_batch, notice=f"{provider.name} posted no mail", cut=fields.cut)
 
 
 def fields_of(content_type: str, body: bytes) -> Fields | bytes:
@@ -1058,11 +1058,10 @@ class Provider:
     keys: str                           # the fields that each of its posts has …
     mark: str = ""                      # … the value of the first, if that tells it …
     when: Callable[[Fields], Any] = bool    # … and what else has to hold
-    is_batch: bool = False              # whether the first field lists several mails …
-    member: str = ""                    # … and the path of the mail in each of its items
+    member: str | None = None           # path of the mail in each item of the first field
     place: str | None = ""              # path of the mail; None: only `fields` are read
     envelope_from: str = ""             # path of MAIL FROM
-    raw: str = ""                       # path of the whole mail
+    raw: str | None = None              # path of the whole mail
     mend: Callable[[Row, Mail], Any] | None = None      # (post, what was found in it)
     fields: Row = field(default_factory=dict)           # canonical name → path, if another
 
@@ -1130,7 +1129,7 @@ PROVIDERS = (
     CANONICAL_BODY,
     # Mandrill. Requires: an inbound domain. Authenticates by: ?secret=. Answers: 200, else
     # tried again. Configure: Inbound › Domains › Routes. It probes the URL with HEAD first.
-    Provider("Mandrill", "mandrill_events", is_batch=True, member="msg", raw="raw_msg"),
+    Provider("Mandrill", "mandrill_events", member="msg", raw="raw_msg"),
     # Mailgun. Requires: a route. Authenticates by: ?secret=. Answers: 200; 406 is final,
     # all else tried again for 8 h. Configure: Receiving › Routes › forward(). A URL that
     # ends in `mime` gets the whole mail.
@@ -1150,7 +1149,7 @@ PROVIDERS = (
              when=lambda post: isinstance(post["message"], bytes)),
     # SparkPost. Requires: a relay webhook. Authenticates by: ?secret=, Basic or a custom
     # header. Answers: 200, else tried again. Configure: POST /api/v1/relay-webhooks.
-    Provider("SparkPost", "events", is_batch=True, member="msys.relay_message",
+    Provider("SparkPost", "events", member="msys.relay_message",
              when=lambda post: any(at(event, "msys") is not None
                                    for event in items_of(post["events"])),
              place="content", envelope_from="msg_from", raw="content.email_rfc822",
@@ -1173,7 +1172,7 @@ PROVIDERS = (
     # Brevo. Requires: inbound parsing. Authenticates by: ?secret=, Basic or a header.
     # Answers: 2xx; 4xx is final. Configure: POST /v3/webhooks, type inbound. Of attachments
     # only the names are posted.
-    Provider("Brevo", "items", is_batch=True, when=lambda post: "from" not in post),
+    Provider("Brevo", "items", member="", when=lambda post: "from" not in post),
     # Mailjet. Requires: the Parse API. Authenticates by: ?secret= or Basic. Answers: 200,
     # else tried again. Configure: POST /v3/REST/parseroute with the Url.
     Provider("Mailjet", "Recipient Sender", envelope_from="Sender", mend=mend_mailjet),
@@ -1287,8 +1286,6 @@ def notice_in(post: Row) -> str:
 
 def mail_of(provider: Provider, post: Any) -> Mail:
     """The canonical dict of a post whose fields live where `provider` says."""
-    if not isinstance(post, dict):
-        raise ValueError(f"a mail is {type(post).__name__}, expected an object")
     named = {name: at(post, path) for name, path in provider.fields.items()
              if name in CANONICAL}
     if provider.place is None:
@@ -1298,7 +1295,7 @@ def mail_of(provider: Provider, post: Any) -> Mail:
     if raw:
         mail = mail_of_mime(raw)
     else:
-        mail = {name: at(known, paths) for name, paths in SPELLINGS.items() if known}
+        mail = {name: at(known, paths) for name, paths in SPELLINGS.items()}
         listed = [at(known, name) for name in FILES]
         mail["attachments"] = [
             file for files in listed for file in items_of(json_in(files) or files)
@@ -1307,7 +1304,8 @@ def mail_of(provider: Provider, post: Any) -> Mail:
         if provider.mend:
             provider.mend(post, mail)
         if not any(mail.values()):
-            raise Refused(422, f"nothing in it reads as a mail of {provider.name}")
+            raise Refused(422, f"nothing in this {type(post).__name__} reads as "
+                               f"a mail of {provider.name}")
     mail["verdict"] = at(known, VERDICT)
     if provider.envelope_from:
         mail["envelope"] = {"from": at(post, provider.envelope_from)}
@@ -1438,8 +1436,7 @@ def raw_headers_of(value: Any, faults: Faults) -> Headers:
     if isinstance(value, dict):
         # CloudMailin writes message_id; beside a hyphen `_` is the sender's own.
         dash = "_" if "-" in "".join(value) else "-"
-        value = [[name.replace("_", dash), value[name]]
-                 for name in [*value][:MAX_HEADER_LINES + 1]]
+        value = [(name.replace("_", dash), text) for name, text in value.items()]
     headers = []
     for item in items_of(value):
         name, content = header_pair(item)
@@ -1458,13 +1455,13 @@ def raw_headers_of(value: Any, faults: Faults) -> Headers:
 def header_pair(item: Any) -> Iterable[Any]:
     """The name and value of an item of a header list, however its provider writes one."""
     if isinstance(item, dict):
-        name = at(item, ("name", "Name", "key", "Key"))
-        if "line" in item:
-            item = item["line"]
-        elif name:
-            return name, at(item, ("value", "Value"))
+        known = spelled(item)
+        if "line" in known:
+            item = known["line"]
         elif len(item) == 1:
             [item] = item.items()
+        else:
+            item = at(known, ("name", "key")), known.get("value")
     if isinstance(item, str):
         return item.partition(":")[::2]
     if isinstance(item, (list, tuple)) and len(item) == 2:
@@ -1524,8 +1521,7 @@ def mailboxes_of(value: Any) -> list[tuple[str, str]]:
             mailboxes.append((one_line(name), address or bare))
         return mailboxes
     for item in items_of(at(value, ("value", "addresses")) or value)[:MAX_FIELDS]:
-        if isinstance(item, list):      # Mandrill: [address, name]
-            item = next(iter(item), "")
+        item = at(item, "0", item)      # Mandrill: [address, name]
         known = spelled(item)
         text = at(known, ("address", "email", "emailaddress")) if known else item
         for name, address in mailboxes_of(text) if isinstance(text, str) else ():
