@@ -1633,7 +1633,6 @@ CODECS = {label: codec for codec, labels in (
     ("cp949", "euc-kr ks-c-5601-1987 ks-c-5601 ksc5601 korean windows-949"),
     ("cp932", "shift-jis sjis x-sjis windows-31j ms-kanji"),
     ("big5hkscs", "big5 x-x-big5 cn-big5"),
-    ("utf-8", "us-ascii ascii unknown-8bit x-unknown"),
     ("utf-8", "punycode idna unicode-escape raw-unicode-escape"),
 ) for label in labels.split()}
 MULTIBYTE = re.compile("gb|cp932|cp949|big5|euc|hz|iso2022|johab|utf-16|utf-32")
@@ -1649,7 +1648,6 @@ def codec_of(charset: str) -> tuple[str, str]:
     label = re.sub("[^a-z0-9]+", "-", charset.lower()[:100]).strip("-")
     label = CODECS.get(label, re.sub("^cp-", "cp", label))
     name = codecs.lookup(label).name
-    b"".decode(name)        # LookupError for what is no text
     return name, "replace" if MULTIBYTE.match(name) else "strict"
 
 
