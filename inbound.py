@@ -251,7 +251,6 @@ ANSWER_HEADERS = {
 HEAVY_LOCK = threading.Lock()
 TRUSTED_PROXY = os.environ.get("INBOUND_TRUSTED_PROXY", "")
 LOOPBACK = ("127.0.0.1", "::1")
-Answer = tuple[int, Row, "str | None"]      # status, JSON object, text in its place
 # Work on a request: it yields what it wants written, (Work, *args), and is sent the result.
 Steps = Generator[tuple[Any, ...], Any, Any]
 Start = Callable[..., Any]                  # WSGI's start_response
@@ -374,7 +373,7 @@ def printable(text: str) -> str:
 
 
 def answered(store: Store, environ: Row) -> Steps:
-    """Return the Answer to a request, whatever happens on the way to it."""
+    """Return (status, JSON object, text in its place), whatever happens on the way."""
     environ["REMOTE_ADDR"] = client_of(environ, store.trusted_proxy)
     try:
         return (yield from respond(store, environ))
@@ -705,11 +704,8 @@ def fields_of(content_type: str, body: bytes) -> Fields | bytes:
     return parse_json(body)
 
 
-FormField = tuple[str, "Row | bytes"]       # name, and a file or the bytes of a text
-
-
-def multipart_field(part: memoryview) -> FormField:
-    """A field of multipart/form-data (RFC 7578); a file, too, where it has no name."""
+def multipart_field(part: memoryview) -> tuple[str, Any]:
+    """(name, bytes of a text or a file) of multipart/form-data; a file may have no name."""
     headers, content = MimeReader().head_of(part)
     header = content_headers(headers)
     name = str(header.get_param("name", "", "content-disposition"))
@@ -718,7 +714,7 @@ def multipart_field(part: memoryview) -> FormField:
     return name, file_of(header, bytes(content)) | {"field": name}
 
 
-def url_encoded_field(pair: bytes) -> FormField:
+def url_encoded_field(pair: bytes) -> tuple[str, Any]:
     """A field of a form; a bare name is a field without a value.
 
     Percent-encoding is quoted-printable with another sign. We do not use urllib: it makes
@@ -729,7 +725,7 @@ def url_encoded_field(pair: bytes) -> FormField:
     return decode(name, None), value
 
 
-def form_of(pieces: list[Any], field_of: Callable[[Any], FormField]) -> Fields:
+def form_of(pieces: list[Any], field_of: Callable[[Any], tuple[str, Any]]) -> Fields:
     """The fields of a form by name, its files in `files`.
 
     `envelope[to]` and `attachments[0][filename]` become objects, as they are meant.
@@ -1547,8 +1543,6 @@ def ids_of(value: Any) -> list[str]:
     RFC 5322 3.6.4, and what is seen: lists, folding inside the brackets, `&lt;`, missing
     brackets. Of many, the first 20 and the last 80.
     """
-    if not value:
-        return []
     text = " ".join(text for text in items_of(value) if isinstance(text, str))
     text = clean(text).replace("&lt;", "<").replace("&gt;", ">")
     ids = dict.fromkeys("".join(bracketed.split()) or bare
