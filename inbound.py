@@ -775,8 +775,7 @@ def parse_json(body: bytes) -> Fields:
         within = within_json_budget(text)
         value = STRICT_JSON.decode(within)
     except (ValueError, RecursionError) as error:       # UnicodeDecodeError is the former
-        reason = printable(str(error))[:200]
-        raise Refused(400, f"the body is not JSON in UTF-8: {reason}")
+        raise Refused(400, f"the body is not JSON in UTF-8: {error}")
     is_object = isinstance(value, dict)
     if is_object and "TopicArn" in value:       # SNS: what was published is inside
         value = json_in(value.get("Message")) or value
@@ -1437,8 +1436,7 @@ def raw_headers_of(value: Any, faults: Faults) -> Headers:
     for item in items_of(value):
         name, content = header_pair(item)
         if not name:
-            shown = printable(str(item))[:99]
-            faults["a header"] = f"expected a name and a value, not {shown}"
+            faults["a header"] = f"expected a name and a value, not {item!r:.99}"
             continue
         for text in items_of(content) or [content]:
             if text is not None:
