@@ -821,7 +821,7 @@ def at(value: Any, path: Any, missing: Any = None) -> Any:
 
     Of a tuple of paths the first that holds something.
     """
-    if path is None or path and not value:
+    if path is None:
         return missing
     if isinstance(path, tuple):
         found = [at(value, each) for each in path]
@@ -992,14 +992,11 @@ def header_text(value: str, charset: str | None) -> str:
 
 
 def transfer_decoded(fields: email.message.Message, content: memoryview) -> bytes:
-    """A part's content without its transfer encoding (RFC 2045 6); broken, as it is."""
+    """A part's content without base64 or quoted-printable (RFC 2045 6), else as it is."""
     encoding = str(fields.get("Content-Transfer-Encoding")).lower()
-    with contextlib.suppress(ValueError):
-        if encoding == "base64":
-            return base64_decoded(content)
-        if encoding == "quoted-printable":
-            return binascii.a2b_qp(content)
-    return bytes(content)
+    if encoding == "base64":
+        return base64_decoded(content)
+    return binascii.a2b_qp(content) if encoding == "quoted-printable" else bytes(content)
 
 
 def base64_decoded(content: bytes | memoryview) -> bytes:
