@@ -1738,26 +1738,19 @@ def has(names: str, pattern: str, by: Callable[..., str] = keyword) -> Test:
     """Whether of these headers (lower case) a value, read by `by`, matches as a whole."""
     matches = re.compile(pattern, re.I).fullmatch
     keys = frozenset(names.split())
-
-    def holds(mail: Evidence) -> bool:
-        return not keys.isdisjoint(mail.headers) and any(
-            matches(by(value)) for key in keys for value in mail.headers.get(key, ()))
-
-    return holds
+    return lambda mail: not keys.isdisjoint(mail.headers) and any(
+        matches(by(value)) for key in keys for value in mail.headers.get(key, ()))
 
 
-DAEMON = "mailer-daemon|mail-daemon|mdaemon"
-POSTMASTER = "post[-_.]?master"
-LIST_SENDER = (
+is_daemon = re.compile("mailer-daemon|mail-daemon|mdaemon").fullmatch
+is_postmaster = re.compile("post[-_.]?master").fullmatch
+is_list_sender = re.compile(
     "owner-.+|.+[-+]owner(?:[-+].*)?|.+-request|.+-bounces?|bounces?(?:[+=-].*)?|"
-    ".*noreply.*|(?:.*[-_.+])?no[-_.]repl(?:y|ies).*")
-is_daemon = re.compile(DAEMON).fullmatch
-is_postmaster = re.compile(POSTMASTER).fullmatch
-is_list_sender = re.compile(LIST_SENDER).fullmatch
-is_never_answered = re.compile(
-    f"{LIST_SENDER}|{DAEMON}|{POSTMASTER}|.*do[-_.]?not[-_.]?reply.*|mailerdaemon|"
-    "no[-_.]?respond.*|auto[-_.]?(?:reply|responder)|nobody|abuse|root|listserv|majordomo|"
-    "mailman|feedbackloop|(?:prvs|srs[01])=.*").fullmatch   # rewritten envelopes
+    ".*noreply.*|(?:.*[-_.+])?no[-_.]repl(?:y|ies).*").fullmatch
+is_robot = re.compile(
+    ".*do[-_.]?not[-_.]?reply.*|mailerdaemon|no[-_.]?respond.*|nobody|abuse|root|listserv|"
+    "auto[-_.]?(?:reply|responder)|majordomo|mailman|feedbackloop|"
+    "(?:prvs|srs[01])=.*").fullmatch    # rewritten envelopes
 REPLY = r"(?!\s*(?:re|aw|sv|antw(?:ort)?|res|fwd?|wg|tr|rv|enc|i)\s*:)"    # what it is not
 is_vacation = re.compile(
     REPLY + r"(?:(?:\[[^\]]*\]\s*)*(?:"
@@ -1869,7 +1862,8 @@ SIGNS: tuple[tuple[str, Test, str], ...] = (
     ("bulk", has(BULK_HEADERS, ".*"), "a mass mailing's header"),
     # From here on it is a person's mail that is not confirmed; the last row's is.
     ("human", lambda mail: mail.is_null, "the envelope sender is null (RFC 3834 2)"),
-    ("human", lambda mail: is_never_answered(mail.author),
+    ("human", lambda mail: (is_robot(mail.author) or is_postmaster(mail.author)
+                            or is_list_sender(mail.author)),
      "From is an address that is never answered (RFC 3834 2, RFC 5230 4.6)"),
     ("human", lambda mail: is_list_sender(mail.sender),
      "the envelope sender is one that is never answered (RFC 3834 7)"),
