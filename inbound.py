@@ -758,11 +758,9 @@ def form_value(name: str, content: bytes, charsets: Any) -> str | bytes:
     if name in RAW_FIELDS:
         return content
     charset = str(at(charsets, name) or "utf-8")
-    if charsets and name in FROM_HEADERS:
-        with contextlib.suppress(LookupError, ValueError):
-            return content.decode(codec_of(charset)[0])
-        return ""
-    return decode(content, charset)
+    with contextlib.suppress(LookupError, ValueError):
+        return content.decode(codec_of(charset)[0])
+    return "" if charsets and name in FROM_HEADERS else decode(content, charset)
 
 
 def parse_json(body: bytes) -> Fields:
@@ -924,9 +922,8 @@ class MimeReader:
         fields = content_headers(headers)
         fields.set_default_type(default)
         kind = fields.get_content_type()
-        parts: list[memoryview] = []
-        if kind.startswith("multipart/"):
-            parts = split_parts(body, fields.get_boundary() or "", self.parts)
+        boundary = fields.get_boundary() if kind.startswith("multipart/") else None
+        parts = split_parts(body, boundary or "", self.parts)
         if parts and depth == MAX_DEPTH:
             self.cut = f"more than {MAX_DEPTH} multiparts inside each other"
             parts = []
@@ -1221,9 +1218,8 @@ def provider_of(fields: Fields, own_providers: Callable[[], Any]) -> Provider | 
     """Whose post this is: ours are asked first, then the rows of the table."""
     for provider in PROVIDERS:
         keys = provider.keys.split()
-        if not fields.keys() >= {*keys}:
-            continue
-        if provider.mark in ("", fields[keys[0]]) and provider.when(fields):
+        has_keys = fields.keys() >= {*keys}
+        if has_keys and provider.mark in ("", fields[keys[0]]) and provider.when(fields):
             return provider
     for name, paths in own_providers():
         needed = [at(fields, paths.get(each), fields) for each in ("from", "message_id")]
