@@ -704,8 +704,11 @@ def fields_of(content_type: str, body: bytes) -> Fields | bytes:
     return parse_json(body)
 
 
-def multipart_field(part: memoryview) -> tuple[str, Any]:
-    """(name, bytes of a text or a file) of multipart/form-data; a file may have no name."""
+FormField = tuple[str, "Row | bytes"]       # name, and a file or the bytes of a text
+
+
+def multipart_field(part: memoryview) -> FormField:
+    """A field of multipart/form-data (RFC 7578); a file, too, where it has no name."""
     headers, content = MimeReader().head_of(part)
     header = content_headers(headers)
     name = str(header.get_param("name", "", "content-disposition"))
@@ -714,7 +717,7 @@ def multipart_field(part: memoryview) -> tuple[str, Any]:
     return name, file_of(header, bytes(content)) | {"field": name}
 
 
-def url_encoded_field(pair: bytes) -> tuple[str, Any]:
+def url_encoded_field(pair: bytes) -> FormField:
     """A field of a form; a bare name is a field without a value.
 
     Percent-encoding is quoted-printable with another sign. We do not use urllib: it makes
@@ -725,7 +728,7 @@ def url_encoded_field(pair: bytes) -> tuple[str, Any]:
     return decode(name, None), value
 
 
-def form_of(pieces: list[Any], field_of: Callable[[Any], tuple[str, Any]]) -> Fields:
+def form_of(pieces: list[Any], field_of: Callable[[Any], FormField]) -> Fields:
     """The fields of a form by name, its files in `files`.
 
     `envelope[to]` and `attachments[0][filename]` become objects, as they are meant.
