@@ -1050,7 +1050,7 @@ class Provider:
     keys: str                           # the fields that each of its posts has …
     mark: str = ""                      # … the value of the first, if that tells it …
     when: Callable[[Fields], Any] = bool    # … and what else has to hold
-    member: str | None = None           # path of the mail in each item of the first field
+    member: str | None = None           # path of each mail in the first field; None: one
     place: str | None = ""              # path of the mail; None: only `fields` are read
     envelope_from: str = ""             # path of MAIL FROM
     raw: str | None = None              # path of the whole mail
