@@ -1432,7 +1432,7 @@ def raw_headers_of(value: Any, faults: Faults) -> Headers:
     for item in items_of(value):
         name, content = header_pair(item)
         if not name:
-            faults["a header"] = f"expected a name and a value, not {item!r:.99}"
+            faults["a header"] = f"expected a name and a value, not {type(item).__name__}"
             continue
         for text in items_of(content) or [content]:
             if text is not None:
