@@ -822,13 +822,13 @@ def at(value: Any, path: Any, missing: Any = None) -> Any:
 
     Of a tuple of paths the first that holds something.
     """
+    if path in CANONICAL and isinstance(value, dict):   # the usual way, without the walk
+        return value.get(path, missing)
     if path is None:
         return missing
     if isinstance(path, tuple):
         found = [at(value, each) for each in path]
         return next(filter(None, found), missing)
-    if path in CANONICAL and isinstance(value, dict):   # the usual way, without the walk
-        return value.get(path, missing)
     for step in filter(None, path.split(".")):
         if isinstance(value, str):
             value = json_in(value)
@@ -1537,6 +1537,8 @@ def ids_of(value: Any) -> list[str]:
     RFC 5322 3.6.4, and what is seen: lists, folding inside the brackets, `&lt;`, missing
     brackets. Of many, the first 20 and the last 80.
     """
+    if not value:       # most mails are no reply
+        return []
     text = " ".join(text for text in items_of(value) if isinstance(text, str))
     text = clean(text).replace("&lt;", "<").replace("&gt;", ">")
     ids = dict.fromkeys("".join(bracketed.split()) or bare
