@@ -312,13 +312,16 @@ def test_no_row_but_its_own_holds_a_secret(desk):
 
 @pytest.mark.parametrize("body, content_type", [
     ({"from": SECRET, "message_id": "<1@x>"}, "application/json"), ({}, f"image/{SECRET}"),
-    ("{", f"application/json; x={SECRET}")])
+    ("{", f"application/json; x={SECRET}"),
+    *[({"from": 1, "headers": [{"a": "x" * number + SECRET, "b": 1}]}, "application/json")
+      for number in (60, 75, 90)]])
 def test_no_refusal_repeats_the_secret_in_its_reason(desk, caplog, body, content_type):
     caplog.set_level(logging.DEBUG)
     response = desk.request(body, content_type)
-    assert response.status_int in (400, 415, 422) and SECRET not in response.text
-    assert SECRET not in caplog.text
-    assert SECRET not in str(desk.sql("SELECT reason, content_type FROM rejected"))
+    assert response.status_int in (400, 415, 422)
+    kept = str(desk.sql("SELECT reason, content_type FROM rejected"))
+    for text in (response.text, caplog.text, kept):
+        assert SECRET[:6] not in text       # what is cut shows no beginning of it either
     assert desk.count("ticket") == 0
 
 
