@@ -450,9 +450,10 @@ def receive(store: Store, post: Post) -> Steps:
     if len(post.body) > HEAVY:
         store.let_go()
     if not answers:
+        notice = starred(post.account, reading.notice)
         if reading.is_kept:
-            yield keep, safe(post), 200, reading.notice
-        return reading.provider, {"status": "ignored", "reason": reading.notice}
+            yield keep, safe(post), 200, notice
+        return reading.provider, {"status": "ignored", "reason": notice}
     if post.account["staff"] or any(row["confirmation"] == "queued" for row in answers):
         store.has_mail.set()
     batch = {"status": "batch", "messages": answers}
@@ -487,8 +488,8 @@ def understand(reading: Reading, member: Callable[[], Mail], post: Post) -> Fili
 
 def fault_of(error: Exception, post: Post, where: str) -> str:
     """What is kept of an unexpected error: enough to look for, too little to leak mail."""
-    words = printable(f"{type(error).__name__}: {error}"[:180])
-    return starred(post.account, f"{words} ({where})")
+    words = printable(f"{type(error).__name__}: {error}")
+    return f"{starred(post.account, words)[:180]} ({where})"
 
 
 def health(store: Store) -> Steps:
@@ -1266,7 +1267,7 @@ def notice_in(post: Row) -> str:
         "event_type", "event", "type", "RecordType", "Type", "notificationType",
         "event-data.event", "events.0.event"))
     if isinstance(name, str) and ("TopicArn" in post or EVENT.fullmatch(name[:200])):
-        return f"an event, no mail: {printable(name)[:80]}"
+        return f"an event, no mail: {name if len(name) < 100 else 'of a long name'}"
     for provider, path in METADATA_ONLY.items():
         if at(post, path) is not None:
             raise Refused(422, (

@@ -325,6 +325,22 @@ def test_no_refusal_repeats_the_secret_in_its_reason(desk, caplog, body, content
     assert desk.count("ticket") == 0
 
 
+@pytest.mark.parametrize("number", [0, 60, 75, 90, 150, 160])
+def test_what_is_said_of_a_post_without_mail_or_of_a_bug_repeats_no_secret(desk, caplog, number):
+    def explode(*_):
+        raise RuntimeError("x" * number + SECRET)
+
+    caplog.set_level(logging.DEBUG)
+    event = desk.post({"event": "processed" + "x" * number + SECRET})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inbound, "classify", explode)
+        bug = desk.post(desk.mail())
+    assert (event["status"], bug["status"]) == ("ignored", "quarantined")
+    kept = str(desk.sql("SELECT reason, content_type FROM rejected"))
+    for text in (str(event), str(bug), caplog.text, kept):
+        assert SECRET[:6] not in text
+
+
 @pytest.mark.parametrize("is_counted", [False, True])
 def test_healthz_warns_of_refused_secrets_for_an_hour(ready, is_counted):
     assert ready.health() == FINE
