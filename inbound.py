@@ -402,9 +402,9 @@ def respond(store: Store, environ: Row) -> Steps:
     if method != "POST":
         raise Refused(405, f"{method[:20]!r} is not answered here; mail arrives by POST")
     post, by_body = authenticate(store, environ)
-    token = query_of(environ).get("validationToken")
-    if token and not post.body:     # Microsoft Graph probes so
-        return 200, {"status": "probed"}, token[0]
+    if not post.body:
+        for token in query_of(environ).get("validationToken", ()):  # Microsoft Graph probes
+            return 200, {"status": "probed"}, token
     try:
         provider, content = yield from receive(store, post)
     except Refused as refusal:
@@ -683,14 +683,12 @@ def read(post: Post, own_providers: Callable[[], Any]) -> Reading:
 def fields_of(content_type: str, body: bytes) -> Fields | bytes:
     """Take a body apart; Refused 400: not decodable, 415: no type that mail comes in."""
     content_type = clean(content_type) or "application/json"
-    header = content_headers([["Content-Type", content_type]])
-    kind = header.get_content_type()
+    kind, boundary = media_type_of(content_type)
     if kind in ("message/rfc822", "message/global"):    # RFC 6532: the same in UTF-8
         if not re.search(rb"\S", body):
             raise Refused(400, f"the {kind} is empty; expected a mail")
         return body
     if kind == "multipart/form-data":
-        boundary = header.get_boundary() or ""
         return form_of(split_parts(memoryview(body), boundary, MAX_FIELDS), multipart_field)
     is_json = kind.endswith(("/json", "+json"))
     if not is_json and kind not in ("text/plain", FORM):
@@ -703,6 +701,13 @@ def fields_of(content_type: str, body: bytes) -> Fields | bytes:
         if kind == FORM:
             return form_of(body.split(b"&", MAX_FIELDS), url_encoded_field)
     return parse_json(body)
+
+
+@functools.lru_cache(100)
+def media_type_of(content_type: str) -> tuple[str, str]:
+    """(type in lower case, boundary or "") of a Content-Type."""
+    header = content_headers([["Content-Type", content_type]])
+    return header.get_content_type(), header.get_boundary() or ""
 
 
 FormField = tuple[str, "Row | bytes"]       # name, and a file or the bytes of a text
@@ -1505,9 +1510,10 @@ def mailboxes_of(value: Any) -> list[tuple[str, str]]:
     if isinstance(value, str):
         text = value[:MAX_ADDRESS_HEADER].replace("&lt;", "<").replace("&gt;", ">")
         text = CONTROLS.sub(" ", clean(text))
-        if "@" in MAILBOX.sub("", text):
+        found = MAILBOX.findall(text)
+        if text.count("@") > len(found) and "@" in MAILBOX.sub("", text):
             return []
-        for name, address, bare, comment in MAILBOX.findall(text):
+        for name, address, bare, comment in found:
             name = UNQUOTE.sub(r"\1", name).strip(" ,;") or comment
             mailboxes.append((one_line(name), address or bare))
         return mailboxes
