@@ -1510,10 +1510,10 @@ def mailboxes_of(value: Any) -> list[tuple[str, str]]:
     if isinstance(value, str):
         text = value[:MAX_ADDRESS_HEADER].replace("&lt;", "<").replace("&gt;", ">")
         text = CONTROLS.sub(" ", clean(text))
-        found = MAILBOX.findall(text)
-        if text.count("@") > len(found) and "@" in MAILBOX.sub("", text):
+        found = [*MAILBOX.finditer(text)]
+        if text.count("@") > sum(match[0].count("@") for match in found):
             return []
-        for name, address, bare, comment in found:
+        for name, address, bare, comment in (match.groups("") for match in found):
             name = UNQUOTE.sub(r"\1", name).strip(" ,;") or comment
             mailboxes.append((one_line(name), address or bare))
         return mailboxes
