@@ -2039,7 +2039,7 @@ def mailbox_key(address: str) -> str:
 # nobody is told 200 before it has.
 
 SCHEMA = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
-SCHEMA_VERSION, APPLICATION_ID = 4, 1768841828      # schema.sql's
+SCHEMA_VERSION, APPLICATION_ID = 3, 1768841828      # schema.sql's
 # These very classes: their heirs, IntegrityError and DataError, are the message's fault.
 TROUBLE = (sqlite3.OperationalError, sqlite3.DatabaseError, sqlite3.InternalError)
 Work = Callable[..., Any]       # (connection, seconds UTC, *args) → result
@@ -2397,27 +2397,25 @@ def run_script(db: DB, script: str) -> None:
 def from_version_1(db: DB) -> None:
     """Version 1 held tables of providers, signs and commands, and views that rendered text.
 
-    All rows that people wrote and all settings stay. An admin's own signs mean nothing any
+    All rows that people wrote and all settings are carried into tables made anew, so that
+    what stands in the file is what schema.sql says. An admin's own signs mean nothing any
     more; they are kept to be read.
     """
     # The first 21 were the program's own, as were 42 signs. Two may bear one name.
     providers = db.execute("""SELECT fields,
         name || iif(count(*) OVER (PARTITION BY name) > 1, ' ' || id, '') AS name
         FROM provider WHERE id > 21 AND fields IS NOT NULL""").fetchall()
-    drop_all_but_tables(db, "true")
-    run_script(db, """
+    carry_over(db, """
         CREATE TABLE sign_of_version_1 AS SELECT * FROM sign WHERE id > 42;
+        DROP TABLE provider;
         DROP TABLE sign;
         DROP TABLE command;
-        DROP TABLE provider;
-        CREATE TABLE provider (name TEXT, fields TEXT);
         -- What version 2 takes no more.
         UPDATE queue SET name = 'Queue ' || id WHERE trim(name) = '';
         UPDATE email_account SET trusted_forwarders = iif(
             trusted_forwarders LIKE '_%@_%', trusted_forwarders, NULL);
         UPDATE email_account SET template = template || '{reference}' || char(10)
         WHERE NOT instr(template, '{reference}');
-        PRAGMA user_version = 2;
         """)
     for row in providers:
         pairs = [word.partition("=") for word in row["fields"].split()]
@@ -2427,31 +2425,25 @@ def from_version_1(db: DB) -> None:
         db.execute("DROP TABLE sign_of_version_1")
 
 
-def from_version_2(db: DB) -> None:
-    """Version 2 knew no team, and no mail of ours but of a message of its own."""
-    run_script(db, """
+def carry_over(db: DB, mend: str = "") -> None:
+    """Carry our tables, once the script `mend` has run, into such as schema.sql makes.
+
+    Without one it is the step from version 2, which knew no team, and no mail of ours but
+    of a message of its own.
+    """
+    names = re.findall(r"CREATE TABLE (\w+)", SCHEMA)
+    for part in db.execute("""SELECT name, type FROM sqlite_schema
+            WHERE sql IS NOT NULL AND type <> 'table'
+            AND (tbl_name IN (SELECT value FROM json_each(?)) OR ?)""", [
+                [*names, "inbox"], bool(mend)]).fetchall():
+        # An admin's own stay. A view's triggers go with it.
+        db.execute('DROP {type} IF EXISTS "{name}"'.format(**part))
+    run_script(db, mend + """
+        PRAGMA legacy_alter_table = ON;     -- references keep their tables' names
         ALTER TABLE outbox ADD COLUMN own_message_id TEXT;
         UPDATE outbox SET own_message_id = (
             SELECT message_id FROM message WHERE id = message);
         """)
-    carry_over(db)
-    db.execute("""UPDATE ticket SET last_writer = 'team' WHERE 'reply' = (
-        SELECT ifnull(purpose, kind) AS what FROM message
-        LEFT JOIN outbox ON outbox.message = message.id WHERE ticket = ticket.id
-            AND what NOT IN ('confirmation', 'auto-reply', 'bounce')
-        ORDER BY message.id DESC LIMIT 1)""")
-
-
-def carry_over(db: DB) -> None:
-    """Carry our tables into such as schema.sql makes.
-
-    It is all of the step from version 3, which had two indexes on the Message-ID.
-    """
-    names = re.findall(r"CREATE TABLE (\w+)", SCHEMA)
-    # An admin's own stay. A view's triggers go with it.
-    drop_all_but_tables(
-        db, "tbl_name IN (SELECT value FROM json_each(?))", [*names, "inbox"])
-    db.execute("PRAGMA legacy_alter_table = ON")    # references keep their tables' names
     tables = [name for name in names
               if db.execute(f"PRAGMA table_info({name})").fetchall()]
     for table in tables:
@@ -2466,17 +2458,15 @@ def carry_over(db: DB) -> None:
         db.execute(f"""INSERT OR REPLACE INTO {table} ({columns})
             SELECT {columns} FROM old_{table}""")
         db.execute(f"DROP TABLE old_{table}")
-
-
-def drop_all_but_tables(db: DB, where: str, *parameters: Any) -> None:
-    """Drop views, triggers and indexes; those of constraints go with their tables."""
-    for part in db.execute(f"""SELECT name, type FROM sqlite_schema WHERE sql IS NOT NULL
-            AND type <> 'table' AND {where}""", parameters).fetchall():
-        db.execute('DROP {type} IF EXISTS "{name}"'.format(**part))
+    db.execute("""UPDATE ticket SET last_writer = 'team' WHERE 'reply' = (
+        SELECT ifnull(purpose, kind) AS what FROM message
+        LEFT JOIN outbox ON outbox.message = message.id WHERE ticket = ticket.id
+            AND what NOT IN ('confirmation', 'auto-reply', 'bounce')
+        ORDER BY message.id DESC LIMIT 1)""")
 
 
 # version → what makes a later one of it
-MIGRATIONS = {0: new_file, 1: from_version_1, 2: from_version_2, 3: carry_over}
+MIGRATIONS = {0: new_file, 1: from_version_1, 2: carry_over}
 
 
 def new_secret() -> str:
@@ -2518,7 +2508,7 @@ def file_post(db: DB, now: int, post: Post, filings: list[Filing | str],
 def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
     """Thread and store one message; return the answer's object.
 
-    The index message_once settles a repeat. It is asked for first,
+    UNIQUE (email_account, message_id, digest) settles a repeat. It is asked for first,
     which the writer's lock makes safe: so a repeat writes nothing and costs no fsync.
     """
     account, message = post.account, filing.message
@@ -2529,11 +2519,9 @@ def file_message(db: DB, now: int, post: Post, filing: Filing) -> Row:
         filing = replace(filing, withheld=filing.withheld or "it was imported")
     known = db.execute("""SELECT ticket.*, message.id AS message, direction, digest, kind
         FROM message JOIN ticket ON ticket.id = message.ticket
-        WHERE message.email_account = :id AND message_id = :message_id
-            AND message_id COLLATE NOCASE = :message_id     -- by the index
-        ORDER BY digest = :digest DESC, direction DESC LIMIT 1""", {
-            "id": account["id"], "message_id": message.message_id,
-            "digest": message.digest}).fetchone()
+        WHERE message.email_account = ? AND message_id = ?
+        ORDER BY digest = ? DESC, direction DESC LIMIT 1""", [
+            account["id"], message.message_id, message.digest]).fetchone()
     if known and known["digest"] == message.digest:
         return {"status": "duplicate", "ticket": known["reference"],
                 "message": known["message"], "kind": known["kind"] or "human",
@@ -2741,8 +2729,8 @@ DELIVERABLE = re.compile(
 # An id that may stand in a header of ours: printable ASCII but < and >, no encoded-word,
 # and not made up by us for a mail without one.
 OWN_ID = re.compile(rf"(?!.*=\?)<[!-;=?-~]{{1,{MAX_OWN_ID - 2}}}(?<!@missing\.invalid)>")
-# (column of email_account, seconds, column of outbox that is counted by); first the one
-# that stops a flood from everywhere
+# (column of email_account, seconds, column of outbox that is counted by), first the one that
+# a flood from everywhere is stopped by
 CAPS = (
     ("confirmations_per_hour", 3600, "email_account"),
     ("confirmations_per_address_hour", 3600, "mailbox"),

@@ -7,7 +7,7 @@
 -- sentence that its violation is answered with.
 
 PRAGMA application_id = 1768841828;  -- "inbd" in ASCII: tells our file from another SQLite file
-PRAGMA user_version = 4;
+PRAGMA user_version = 3;
 
 -- Administered: changed by the command line or by plain SQL, in force for the next request ----------------
 
@@ -163,15 +163,15 @@ CREATE TABLE message (
     notes TEXT NOT NULL CHECK (notes LIKE '[%]'),  -- JSON list: what was odd, e.g. that a stranger wrote it
     received_at INTEGER NOT NULL,                   -- when it was stored (direction out: composed)
     CHECK ((direction = 'in') = (kind IS NOT NULL)),
-    CHECK ((direction = 'in') = (confirmation IS NOT NULL))
+    CHECK ((direction = 'in') = (confirmation IS NOT NULL)),
+    UNIQUE (email_account, message_id, digest)      -- the same message twice changes nothing
 ) STRICT;
 CREATE TRIGGER message_delete AFTER DELETE ON message BEGIN
     DELETE FROM attachment WHERE message = OLD.id;
     DELETE FROM outbox WHERE message = OLD.id;
 END;
 CREATE INDEX message_ticket ON message (ticket);    -- show; the view; ON DELETE CASCADE
--- The same message twice changes nothing; thread, where no case counts.
-CREATE UNIQUE INDEX message_once ON message (email_account, message_id COLLATE NOCASE, message_id, digest);
+CREATE INDEX message_thread ON message (email_account, message_id COLLATE NOCASE);  -- thread
 
 CREATE TABLE attachment (
     id INTEGER PRIMARY KEY,
