@@ -112,6 +112,7 @@ MAX_HEADER_LINES = 1000     # of a mail and its parts together
 MAX_HEADER_BYTES = 2**18    # likewise; Postfix stops at 100 KB
 MAX_FIELDS = 1000           # of a form; the rest is not looked at
 MAX_VALUES = 100_000        # strings, lists and objects of a JSON text: 8 MB of memory
+MAX_MEMBERS = 10_000        # mails of one post; past it 400 and kept. Mandrill posts 1,000
 MAX_HTML = 2**18            # characters that the text is made of; the HTML is stored whole
 
 MAX_ADDRESS_HEADER = 998    # characters; the rest is not looked at. RFC 5322 2.1.1: a line
@@ -402,9 +403,8 @@ def respond(store: Store, environ: Row) -> Steps:
     if method != "POST":
         raise Refused(405, f"{method[:20]!r} is not answered here; mail arrives by POST")
     post, by_body = authenticate(store, environ)
-    if not post.body:
-        for token in query_of(environ).get("validationToken", ()):  # Microsoft Graph probes
-            return 200, {"status": "probed"}, token
+    if not post.body and (token := query_of(environ).get("validationToken")):
+        return 200, {"status": "probed"}, token[0]      # Microsoft Graph probes so
     try:
         provider, content = yield from receive(store, post)
     except Refused as refusal:
@@ -839,7 +839,8 @@ def at(value: Any, path: Any, missing: Any = None) -> Any:
         if isinstance(value, str):
             value = json_in(value)
         if isinstance(value, list):
-            value = {str(place): item for place, item in enumerate(value)}
+            place = int(step) if step.isdecimal() else len(value)
+            value = dict(zip([step], value[place:place + 1]))
         if not isinstance(value, dict) or step not in value:
             return missing
         value = value[step]
@@ -973,13 +974,21 @@ def split_parts(content: memoryview, boundary: str, most: int) -> list[memoryvie
 
 
 def content_headers(headers: Headers) -> email.message.Message:
-    """The headers that begin with Content-, for email.message to read their parameters."""
+    """The headers that begin with Content-, for email.message to read their parameters.
+
+    Where that raises, as for `boundary*=undefined''b` (RFC 2231), they have none.
+    """
     fields = email.message.Message()
     for name, value in headers:
         if name[:8].lower() == "content-":
             value = CONTROLS.sub(" ", header_text(value, None))
             # Its parameters are read in quadratic time.
             fields[name] = ";".join(value[:9999].split(";")[:99])
+            try:
+                for _, parameter in fields.get_params([], name):
+                    email.utils.collapse_rfc2231_value(parameter)
+            except (ValueError, TypeError, LookupError):
+                fields.replace_header(name, value.partition(";")[0])
     return fields
 
 
@@ -1238,15 +1247,16 @@ def provider_of(fields: Fields, own_providers: Callable[[], Any]) -> Provider | 
 
 
 def members_of(provider: Provider, post: Row) -> list[Any]:
-    """The mails of a batch, without the events among them; Refused 400 for no list.
+    """The mails of a batch, without the events among them; Refused 400 unless a list.
 
     What is neither is left for `mail_of` to refuse, by itself.
     """
     items = post[provider.keys]
     if isinstance(items, str):
         items = json_in(items)
-    if not isinstance(items, list):
-        raise Refused(400, f"{provider.keys} is no list of {provider.name}'s")
+    if not isinstance(items, list) or len(items) > MAX_MEMBERS:
+        raise Refused(400, f"{provider.keys} is no list of {provider.name}'s, which has "
+                           f"{MAX_MEMBERS} mails at most")
     members = [at(item, provider.member) if isinstance(item, dict) else item
                for item in items if at(item, "event") in (None, "inbound")]
     return [member for member in members if member is not None]
@@ -1272,7 +1282,7 @@ def notice_in(post: Row) -> str:
         "event_type", "event", "type", "RecordType", "Type", "notificationType",
         "event-data.event", "events.0.event"))
     if isinstance(name, str) and ("TopicArn" in post or EVENT.fullmatch(name[:200])):
-        return f"an event, no mail: {name if len(name) < 100 else 'of a long name'}"
+        return f"an event, no mail: {name if len(name) < 100 else 'its name is long'}"
     for provider, path in METADATA_ONLY.items():
         if at(post, path) is not None:
             raise Refused(422, (
@@ -1283,6 +1293,8 @@ def notice_in(post: Row) -> str:
 
 def mail_of(provider: Provider, post: Any) -> Mail:
     """The canonical dict of a post whose fields live where `provider` says."""
+    if not isinstance(post, dict):
+        raise ValueError(f"a mail is {type(post).__name__}, expected an object")
     named = {name: at(post, path) for name, path in provider.fields.items()
              if name in CANONICAL}
     if provider.place is None:
@@ -1301,8 +1313,7 @@ def mail_of(provider: Provider, post: Any) -> Mail:
         if provider.mend:
             provider.mend(post, mail)
         if not any(mail.values()):
-            raise Refused(422, f"nothing in this {type(post).__name__} reads as "
-                               f"a mail of {provider.name}")
+            raise Refused(422, f"nothing in it reads as a mail of {provider.name}")
     mail["verdict"] = at(known, VERDICT)
     if provider.envelope_from:
         mail["envelope"] = {"from": at(post, provider.envelope_from)}
@@ -1452,12 +1463,13 @@ def header_pair(item: Any) -> Iterable[Any]:
     """The name and value of an item of a header list, however its provider writes one."""
     if isinstance(item, dict):
         known = spelled(item)
-        if "line" in known:
-            item = known["line"]
+        name = at(known, ("name", "key"))
+        if "line" in item:
+            item = item["line"]
+        elif name:
+            return name, known.get("value")
         elif len(item) == 1:
             [item] = item.items()
-        else:
-            item = at(known, ("name", "key")), known.get("value")
     if isinstance(item, str):
         return item.partition(":")[::2]
     if isinstance(item, (list, tuple)) and len(item) == 2:
@@ -1518,7 +1530,8 @@ def mailboxes_of(value: Any) -> list[tuple[str, str]]:
             mailboxes.append((one_line(name), address or bare))
         return mailboxes
     for item in items_of(at(value, ("value", "addresses")) or value)[:MAX_FIELDS]:
-        item = at(item, "0", item)      # Mandrill: [address, name]
+        if isinstance(item, list):      # Mandrill: [address, name]
+            item = next(iter(item), "")
         known = spelled(item)
         text = at(known, ("address", "email", "emailaddress")) if known else item
         for name, address in mailboxes_of(text) if isinstance(text, str) else ():
@@ -1630,6 +1643,7 @@ CODECS = {label: codec for codec, labels in (
     ("cp949", "euc-kr ks-c-5601-1987 ks-c-5601 ksc5601 korean windows-949"),
     ("cp932", "shift-jis sjis x-sjis windows-31j ms-kanji"),
     ("big5hkscs", "big5 x-x-big5 cn-big5"),
+    ("utf-8", "us-ascii ascii unknown-8bit x-unknown"),
     ("utf-8", "punycode idna unicode-escape raw-unicode-escape"),
 ) for label in labels.split()}
 MULTIBYTE = re.compile("gb|cp932|cp949|big5|euc|hz|iso2022|johab|utf-16|utf-32")
@@ -2042,7 +2056,8 @@ SCHEMA = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
 SCHEMA_VERSION, APPLICATION_ID = 3, 1768841828      # schema.sql's
 # These very classes: their heirs, IntegrityError and DataError, are the message's fault.
 TROUBLE = (sqlite3.OperationalError, sqlite3.DatabaseError, sqlite3.InternalError)
-Work = Callable[..., Any]       # (connection, seconds UTC, *args) → result
+# (connection, seconds UTC, *args) → result. It may be done anew: it changes nothing else.
+Work = Callable[..., Any]
 NO_ACCOUNT = "there is no account: run `inbound account add ADDRESS`"
 # Lists stand in the file as JSON; most are empty.
 sqlite3.register_adapter(list, lambda value: json.dumps(value) if value else "[]")
@@ -2212,7 +2227,8 @@ class Store:
             except Exception as error:
                 # A full disk ends all of it. What SQLite may not write it opens to read,
                 # without a word, and tells so only here.
-                if not writer.in_transaction or "readonly" in str(error):
+                is_readonly = type(error) in TROUBLE and "readonly" in str(error)
+                if is_readonly or not writer.in_transaction:
                     raise
                 if run is in_savepoint:
                     job.error = error
@@ -2436,7 +2452,7 @@ def carry_over(db: DB, mend: str = "") -> None:
             WHERE sql IS NOT NULL AND type <> 'table'
             AND (tbl_name IN (SELECT value FROM json_each(?)) OR ?)""", [
                 [*names, "inbox"], bool(mend)]).fetchall():
-        # An admin's own stay. A view's triggers go with it.
+        # What belongs to an admin's own tables stays. A view's triggers go with it.
         db.execute('DROP {type} IF EXISTS "{name}"'.format(**part))
     run_script(db, mend + """
         PRAGMA legacy_alter_table = ON;     -- references keep their tables' names
@@ -2716,6 +2732,7 @@ def rehearse(db: DB, now: int) -> None:
     file_message(db, now, post, Filing(message, "human", "rehearsal"))
     keep(db, now, post, 200, "rehearsal")
     db.execute("ROLLBACK TO rehearsal")
+    db.execute("RELEASE rehearsal")
 
 
 # -----------------------------------------------------------------------------------------
@@ -2729,8 +2746,8 @@ DELIVERABLE = re.compile(
 # An id that may stand in a header of ours: printable ASCII but < and >, no encoded-word,
 # and not made up by us for a mail without one.
 OWN_ID = re.compile(rf"(?!.*=\?)<[!-;=?-~]{{1,{MAX_OWN_ID - 2}}}(?<!@missing\.invalid)>")
-# (column of email_account, seconds, column of outbox that is counted by), first the one that
-# a flood from everywhere is stopped by
+# (column of email_account, seconds, column of outbox that is counted by); first the one
+# that stops a flood from everywhere
 CAPS = (
     ("confirmations_per_hour", 3600, "email_account"),
     ("confirmations_per_address_hour", 3600, "mailbox"),
@@ -2883,12 +2900,13 @@ class Verbatim(email.policy.Compat32):
 
 
 def send_later(db: DB, now: int, ticket: Row, draft: Message, purpose: str,
-               row: int = 0) -> int:
+               row: int | None = None) -> int:
     """Put a mail into the outbox; its bytes never change any more.
 
-    It is about message `row`, or 0 makes it a message itself. Return that message's id.
+    It is about message `row`, or else a message itself. Return the id of that message.
     """
-    row = row or insert_message(db, now, ticket, draft, f"our {purpose}")
+    if row is None:
+        row = insert_message(db, now, ticket, draft, f"our {purpose}")
     [recipient] = draft.to
     mailbox = mailbox_key(recipient)
     insert(db, "outbox", message=row, own_message_id=draft.message_id, purpose=purpose,
@@ -3245,7 +3263,7 @@ class Relay:
             [(code, words)] = error.recipients.values()
         except (OSError, ValueError) as error:      # SMTPException is an OSError
             code = getattr(error, "smtp_code", 0)
-            words = getattr(error, "smtp_error", repr(error).encode())
+            words = getattr(error, "smtp_error", (str(error) or repr(error)).encode())
         finally:
             watchdog.cancel()
         text = one_line(f"{code or ''} {decode(words, None)}")[:300]

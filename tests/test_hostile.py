@@ -9,6 +9,7 @@ import json
 import re
 import signal
 import sqlite3
+import tracemalloc
 from urllib.parse import unquote, urlencode
 
 import pytest
@@ -218,6 +219,43 @@ def test_notes_and_verdict_are_unknown_fields_of_a_canonical_mail(desk, name, va
     assert (answer["status"], answer["confirmation"]) == ("created", "queued")
     assert desk.show(answer["ticket"])["messages"][0]["notes"] == []
     assert desk.sql("SELECT purpose, state FROM outbox") == [("confirmation", "queued")]
+
+
+NUMBERS = "[" + ",".join(["1"] * 200_000) + "]"
+
+
+@pytest.mark.parametrize("body", [
+    NUMBERS, f'{{"value": {NUMBERS}}}', f'{{"events": {NUMBERS}}}', f'{{"items": {NUMBERS}}}',
+    *[f'{{"from": "a@b.example", "message_id": "<1@x>", "text": "t", "to": {to}}}'
+      for to in (NUMBERS, f"[{NUMBERS}]", json.dumps(NUMBERS), json.dumps([NUMBERS]))]])
+def test_a_list_of_numbers_costs_a_few_times_its_size(desk, body):
+    desk.request({})                    # what is read once is read
+    tracemalloc.start()
+    desk.request(body)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 12 * len(body)
+
+
+# Parameters on which email.message raises. RFC 2231: a charset, and parts in their order.
+ODD_PARAMETERS = [
+    "boundary*=undefined''a", "boundary*1=a; boundary*=b", "boundary*1*=punycode''%ff",
+    "name*=punycode''%ff", "charset*=undefined''a"]
+
+
+@pytest.mark.parametrize("parameter", ODD_PARAMETERS)
+def test_an_odd_parameter_of_a_content_type_costs_no_mail(desk, parameter):
+    kinds = ("text/plain", "multipart/mixed", "application/x")
+    mails = [raw(f"Content-Type: {kind}; {parameter}", f"X-Kind: {kind}", text=kind)
+             for kind in kinds]
+    mails.append(raw('Content-Type: multipart/mixed; boundary="b"', text=(
+        f"--b\r\n\r\nIt burns.\r\n--b\r\nContent-Disposition: attachment; file{parameter}\r\n"
+        f"Content-Type: image/png; {parameter}\r\n\r\npng\r\n--b--")))
+    for number, mail in enumerate(mails):
+        answer = desk.post(mail.replace(b"raw.1", b"raw.%d" % number), RAW)
+        assert answer["status"] == "created", answer
+    assert desk.post(desk.mail(), f"application/json; {parameter}")["status"] == "created"
+    assert desk.request(b"x", f"image/png; {parameter}").status_int == 415
 
 
 def test_a_mandrill_event_that_is_a_number_is_quarantined_and_kept(desk):

@@ -384,6 +384,7 @@ DECODE = [
     (b"\x93\xfa\x96{ \x87@", "windows-31j", "日本 ①"),
     (b"\xb4\xf2 \x9d\xef", "big5", "湖 嘅"),
     (b"\xb4\xf2 \x9d\xef", "Big5-HKSCS", "湖 嘅"),
+    (b"Gr\xef\xbf\xbd\xef\xbf\xbde", "us-ascii", "Gr\ufffd\ufffde"),     # broken before it came
     # A byte that is broken costs a character; Windows-1252 would make rubbish of all of them.
     (b"\xb4\xf2\xff\xd3\xa1", "gb2312", "打\ufffd印"),
     (b"\xc7\xc1\xff ok", "euc-kr", "프\ufffd ok"),

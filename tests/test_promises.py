@@ -471,6 +471,10 @@ def test_a_savepoint_is_only_opened_where_something_raised(desk):
     desk.post(desk.mail())
     assert any(each.startswith("COMMIT") for each in statements)
     assert not any("SAVEPOINT" in each for each in statements)
+    statements.clear()
+    desk.app.get("/healthz", expect_errors=True)
+    assert [each.split()[0] for each in statements if each.endswith(" rehearsal")] == [
+        "SAVEPOINT", "ROLLBACK", "RELEASE"]
 
 
 def test_writers_that_wait_share_a_commit(desk):

@@ -1170,6 +1170,12 @@ def test_a_subject_that_does_not_fit_its_charset_is_read_from_the_header_block(d
     assert message(desk, body, MULTIPART)["subject"] == SUBJECT
 
 
+@pytest.mark.parametrize("claimed", ["us-ascii", "x-unknown", "unknown-8bit"])
+def test_a_sendgrid_charset_that_says_nothing_is_utf_8(desk, claimed):
+    body = sendgrid(subject=("Größe: 50", "utf-8"), charsets={"subject": claimed})
+    assert message(desk, body, MULTIPART)["subject"] == "Größe: 50"
+
+
 def test_a_sendgrid_post_whose_charsets_are_no_json_is_still_a_mail(desk):
     body = re.sub(rb'\{"to": "UTF-8".*?\}', b"not json", sendgrid(text=(TEXT, "utf-8")))
     assert b"not json" in body
@@ -1626,6 +1632,15 @@ def test_references_may_be_a_list_or_a_string(desk, references):
 def test_parents_are_found_in_the_headers_too(desk, headers):
     shown = message(desk, desk.mail(headers=headers))
     assert (shown["in_reply_to"], shown["references"]) == (PARENTS[1], PARENTS)
+
+
+@pytest.mark.parametrize("item, kept", [
+    ({"name": "X-A"}, []), ({"Name": "X-A", "Value": None}, []), ({"X-A": "1"}, ["1"]),
+    ({"line": "X-A: 1"}, ["1"]), ({"Key": "X-A", "Value": ["1", "2"]}, ["1", "2"]),
+    (["X-A", "1"], ["1"]), ("X-A: 1", ["1"])])
+def test_an_item_of_a_header_list_is_a_name_and_its_values(desk, item, kept):
+    shown = message(desk, desk.mail(headers=[item]))
+    assert (values(shown, "X-A"), len(shown["headers"])) == (kept, len(kept))
 
 
 @pytest.mark.parametrize("envelope, read_as", [
