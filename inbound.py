@@ -1444,7 +1444,8 @@ def raw_headers_of(value: Any, faults: Faults) -> Headers:
     if isinstance(value, dict):
         # CloudMailin writes message_id; beside a hyphen `_` is the sender's own.
         dash = "_" if "-" in "".join(value) else "-"
-        value = [(name.replace("_", dash), text) for name, text in value.items()]
+        value = [[name.replace("_", dash), value[name]]
+                 for name in [*value][:MAX_HEADER_LINES + 1]]
     headers = []
     for item in items_of(value):
         name, content = header_pair(item)
