@@ -488,7 +488,7 @@ def understand(reading: Reading, member: Callable[[], Mail], post: Post) -> Fili
 
 def fault_of(error: Exception, post: Post, where: str) -> str:
     """What is kept of an unexpected error: enough to look for, too little to leak mail."""
-    words = printable(f"{type(error).__name__}: {error}")
+    words = printable(f"{type(error).__name__}: {error}"[:2000])
     return f"{starred(post.account, words)[:180]} ({where})"
 
 
@@ -642,6 +642,7 @@ FROM_HEADERS = ("from", "to", "cc", "subject")  # fields that a header stands in
 HEADER_START = re.compile(rb"From |[!-9;-~]+:(?:[ \t]|\r?\n[ \t])")
 STRICT_JSON = json.JSONDecoder(parse_constant=int)      # int("NaN") raises
 JSON_MARK = re.compile(r'\\.|["\[\]{},]', re.S)
+PLACE = re.compile("0|[1-9][0-9]{0,8}")
 CLOSERS = {"[": "]", "{": "}", '"': '"'}
 
 
@@ -838,12 +839,12 @@ def at(value: Any, path: Any, missing: Any = None) -> Any:
     for step in filter(None, path.split(".")):
         if isinstance(value, str):
             value = json_in(value)
-        if isinstance(value, list):
-            place = int(step) if step.isdecimal() else len(value)
-            value = dict(zip([step], value[place:place + 1]))
-        if not isinstance(value, dict) or step not in value:
+        if isinstance(value, dict) and step in value:
+            value = value[step]
+        elif isinstance(value, list) and PLACE.fullmatch(step) and int(step) < len(value):
+            value = value[int(step)]
+        else:
             return missing
-        value = value[step]
     return value
 
 
@@ -984,11 +985,12 @@ def content_headers(headers: Headers) -> email.message.Message:
             value = CONTROLS.sub(" ", header_text(value, None))
             # Its parameters are read in quadratic time.
             fields[name] = ";".join(value[:9999].split(";")[:99])
-            try:
-                for _, parameter in fields.get_params([], name):
-                    email.utils.collapse_rfc2231_value(parameter)
-            except (ValueError, TypeError, LookupError):
-                fields.replace_header(name, value.partition(";")[0])
+    for name in ("Content-Type", "Content-Disposition"):
+        try:
+            for _, parameter in fields.get_params([], name):
+                email.utils.collapse_rfc2231_value(parameter)
+        except (ValueError, TypeError, LookupError):
+            fields.replace_header(name, fields[name].partition(";")[0])
     return fields
 
 
@@ -1247,7 +1249,7 @@ def provider_of(fields: Fields, own_providers: Callable[[], Any]) -> Provider | 
 
 
 def members_of(provider: Provider, post: Row) -> list[Any]:
-    """The mails of a batch, without the events among them; Refused 400 unless a list.
+    """The mails of a batch, without the events among them; Refused 400: no such list.
 
     What is neither is left for `mail_of` to refuse, by itself.
     """
@@ -2043,7 +2045,7 @@ def mailbox_key(address: str) -> str:
 # at the path.
 #
 # When one of those raises, all is undone and done again with a SAVEPOINT each, which then
-# is undone alone. Not at once: SQLite copies each page that changes in one, into a file.
+# is undone alone. Not from the start: in one SQLite copies each page before it changes.
 #
 # WAL with synchronous=FULL: SQLite's defaults lose acknowledged rows on a power cut. Of a
 # process only the writer checkpoints: before 3.51.3 SQLite may corrupt a file that two do
@@ -3751,8 +3753,9 @@ def change_account(store: Store, account: str, values: Row) -> None:
 
 
 def update_account(db: DB, now: int, values: Row) -> None:
+    staff = staff_of(db, {"staff": None, **values})
     for each in ADDRESSES(values.get("staff") or ""):
-        if mailbox_key(deliverable(each)) not in staff_of(db, values):
+        if mailbox_key(deliverable(each)) not in staff:
             raise Refused(400, f"nobody can be told at {each!r}: expected an address that "
                                "we can write to, and none that is our own")
     if "queue" in values:       # a name that is new makes a queue
