@@ -2686,10 +2686,11 @@ def fail_bounced(db: DB, account: Row, message: Message) -> None:
         return
     ids = [*returned_ids(report)[:20], *message.in_reply_to, *message.references]
     code = next((code for code in codes if code[0] == "5"), "no code")
-    # +: found by those messages, not by looking through all that was ever sent.
+    # +: found by those messages, not by looking through all that was ever sent. A bounce may
+    # be here before we have settled what the relay took.
     db.execute("""WITH named AS (SELECT value FROM json_each(:ids))
-        UPDATE outbox SET state = 'failed', last_error = :error WHERE +state = 'sent'
-        AND own_message_id COLLATE NOCASE IN named AND message IN (
+        UPDATE outbox SET state = 'failed', last_error = :error, next_attempt_at = NULL
+        WHERE +state IN ('sending', 'sent') AND own_message_id COLLATE NOCASE IN named AND message IN (
             SELECT id FROM message WHERE email_account = :account AND direction = 'out'
                 AND message_id COLLATE NOCASE IN named
             UNION ALL SELECT message FROM outbox WHERE email_account = :account

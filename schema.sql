@@ -197,7 +197,7 @@ CREATE TABLE outbox (
     -- failed    NULL              5xx, or 24 h without success, or it bounced later; last_error says which
     --
     -- queued → sending → sent | failed | queued (temporary failure, or the lease ran out)
-    -- sent → failed (a bounce came back)      failed → queued (`outbox retry`)
+    -- sending | sent → failed (a bounce came back)      failed → queued (`outbox retry`)
     --
     -- purpose        to          message
     -- confirmation   requester   itself

@@ -788,6 +788,14 @@ NOT_FINAL = {
 }
 
 
+def deliver_bounce(desk, template, ours, door):
+    """Deliver this bounce of our mail; return the answer."""
+    ours = email.message_from_bytes(ours)
+    headers = "\n".join(f"{name}: {value}" for name, value in ours.items())
+    raw = template.replace("{headers}", headers).replace("{id}", ours["Message-ID"])
+    return deliver(desk, raw.encode(), door)
+
+
 def bounced(desk, sink, door, template):
     """Send a confirmation, deliver this bounce of it; return the answer, outbox and ticket."""
     desk.execute("""UPDATE email_account SET smtp_host = '127.0.0.1', smtp_port = ?,
@@ -795,10 +803,7 @@ def bounced(desk, sink, door, template):
     reference = desk.post(desk.mail())["ticket"]
     inbound.send_due(desk.store)
     assert desk.sql("SELECT state FROM outbox") == [("sent",)]
-    ours = email.message_from_bytes(sink.received[0].content)
-    headers = "\n".join(f"{name}: {value}" for name, value in ours.items())
-    raw = template.replace("{headers}", headers).replace("{id}", ours["Message-ID"])
-    answer = deliver(desk, raw.encode(), door)
+    answer = deliver_bounce(desk, template, sink.received[0].content, door)
     return answer, desk.sql("SELECT state, last_error FROM outbox"), reference
 
 
@@ -809,6 +814,18 @@ def test_a_final_bounce_marks_our_confirmation_failed(desk, sink, door, name):
     assert (answer["kind"], answer["confirmation"]) == ("bounce", "not due"), answer["reason"]
     assert (answer["status"], answer["ticket"]) == ("appended", reference)
     assert state == "failed" and "bounce" in error
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_bounce_may_come_before_we_have_noted_that_the_relay_took_our_mail(desk, door):
+    desk.execute("UPDATE email_account SET smtp_host = '127.0.0.1'")
+    desk.post(desk.mail())
+    [account] = desk.store.accounts()
+    row = desk.store.write(inbound.claim, account)
+    assert deliver_bounce(desk, FINAL["Postfix"], row["content"], door)["kind"] == "bounce"
+    desk.store.write(inbound.settle, row, "sent", "")
+    assert desk.sql("SELECT state, last_error, next_attempt_at FROM outbox") == [
+        ("failed", "bounced: 5.1.1", None)]
 
 
 @pytest.mark.parametrize("door", DOORS)
