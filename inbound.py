@@ -2686,13 +2686,13 @@ def fail_bounced(db: DB, account: Row, message: Message) -> None:
         return
     ids = [*returned_ids(report)[:20], *message.in_reply_to, *message.references]
     code = next((code for code in codes if code[0] == "5"), "no code")
-    # +: found by those messages, not by looking through all that was ever sent. A bounce may
-    # be here before we have settled what the relay took.
-    db.execute("""WITH named AS (SELECT value FROM json_each(:ids))
-        UPDATE outbox SET state = 'failed', last_error = :error, next_attempt_at = NULL
-        WHERE +state IN ('sending', 'sent') AND own_message_id COLLATE NOCASE IN named AND message IN (
-            SELECT id FROM message WHERE email_account = :account AND direction = 'out'
-                AND message_id COLLATE NOCASE IN named
+    # +: found by those messages, not by looking through all that was ever sent. A bounce
+    # may be here before we have noted that the relay took the mail.
+    db.execute("""WITH named AS (SELECT value FROM json_each(:ids)) UPDATE outbox
+        SET state = 'failed', last_error = :error, next_attempt_at = NULL
+        WHERE +state IN ('sending', 'sent') AND own_message_id COLLATE NOCASE IN named
+        AND message IN (SELECT id FROM message WHERE email_account = :account
+                AND direction = 'out' AND message_id COLLATE NOCASE IN named
             UNION ALL SELECT message FROM outbox WHERE email_account = :account
                 AND own_message_id COLLATE NOCASE IN named
                 AND purpose NOT IN ('confirmation', 'reply'))""", {
