@@ -432,13 +432,13 @@ def receive(store: Store, post: Post) -> Steps:
         with one_heavy_at_a_time(post.body):
             reading = read(post, store.own_providers)
             filings = [understand(reading, member, post) for member in reading.members]
+            reading.members.clear()     # of a large mail each copy counts
     except Refused as refusal:      # the value that it names may be the secret
         reason = starred(post.account, refusal.reason)
         if refusal.status != 503:
             yield keep, safe(post), refusal.status, reason
         raise Refused(refusal.status, reason, {
-            name: starred(post.account, fault)
-            for name, fault in refusal.fields.items()})
+            name: starred(post.account, fault) for name, fault in refusal.fields.items()})
     except Exception as error:
         filings = [fault_of(error, post, reading.provider)]
     try:
@@ -1353,7 +1353,7 @@ CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]+ ?")  # RFC 5322 2.2.3: a 
 PLAIN = re.compile(r"(?:[ -<>-~]|=(?!\?))*")                    # a value with nothing to do
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 UNQUOTE = re.compile(r'\\(.)|"')
-BASE64 = str.maketrans("-_", "+/", " \t\r\n")   # RFC 4648 5; RFC 2045 6.8: no line ends
+BASE64 = bytes.maketrans(b"-_", b"+/")      # RFC 4648 5
 
 
 def normalise(mail: Mail, is_strict: bool) -> Message:
@@ -1597,8 +1597,10 @@ def content_in(item: Row) -> bytes | None:
         return content.encode("utf-8", "ignore")
     if content.startswith("data:"):
         content = content.rpartition(",")[2]
-    content = content.translate(BASE64)
-    return base64.b64decode(content + "=" * (-len(content) % 4), validate=True)
+    encoded = content.encode("ascii")
+    if any(odd in encoded for odd in b"-_ \t\r\n"):
+        encoded = encoded.translate(BASE64, b" \t\r\n")     # RFC 2045 6.8: no line ends
+    return base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
 
 
 def digest_of(from_address: str, subject: str, text: str, markup: str,
@@ -2200,7 +2202,7 @@ class Store:
             self._refuse_if_replaced()
             if writer.total_changes:    # a look for mail that finds none proves nothing
                 self.failing_since = 0.0
-            if fault := self._replica.fault(writer, self.path):
+            if fault := self._replica.path and self._replica.fault(writer, self.path):
                 for job in jobs:
                     job.error = job.error or Refused(503, fault)
         except Exception as error:
@@ -2313,8 +2315,6 @@ class Replica(http.client.HTTPConnection):
         A repeat writes nothing, and waits nevertheless if what it repeats was not copied,
         whichever process wrote that.
         """
-        if not self.path:
-            return ""
         words = ""
         changes = db.total_changes, db.execute("PRAGMA data_version").fetchone()
         if changes == self.copied:

@@ -4,6 +4,7 @@ Slow input answers in time, shapes that look like a provider's are no trap, no s
 and no odd header costs a mark of automatic mail.
 """
 
+import base64
 import concurrent.futures
 import json
 import re
@@ -247,6 +248,32 @@ def test_a_list_of_numbers_costs_a_few_times_its_size(desk, body):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 12 * len(body)
+
+
+@pytest.mark.parametrize(("kind", "made", "filed"), [("application/json", 3, 1), (RAW, 2, 1)])
+def test_an_attachment_is_held_in_few_copies(desk, monkeypatch, kind, made, filed):
+    """Over its base64: at most, without the body, and while it is filed. At two sizes: a slope."""
+    account, held, file_post = desk.store.accounts()[0], [], inbound.file_post
+
+    def look(*args):
+        held.append(tracemalloc.get_traced_memory())
+        return file_post(*args)
+
+    monkeypatch.setattr(inbound, "file_post", look)
+    sizes = [1_000_000, 5_000_000]
+    for size in sizes:
+        content = base64.b64encode(bytes(size)).decode()
+        body = raw("Content-Transfer-Encoding: base64", "Content-Type: image/png", text=content)
+        if kind != RAW:
+            body = json.dumps(desk.mail(attachments=[{"content": content}])).encode()
+        tracemalloc.start()
+        steps = inbound.receive(desk.store, inbound.Post(account, [], kind, body))
+        assert inbound.Progress(steps).finish(desk.store)[1]["status"] == "created"
+        tracemalloc.stop()
+        desk.forget_all()
+    grown = (sizes[1] - sizes[0]) * 4 / 3
+    (now, peak), (now_of_more, peak_of_more) = held
+    assert (peak_of_more - peak) / grown < made and (now_of_more - now) / grown < filed, held
 
 
 # Parameters on which email.message raises. RFC 2231: a charset, and parts in their order.
