@@ -1054,6 +1054,7 @@ SPELLINGS = {name: tuple(words.split()) for name, words in {
     "X-Postal-Bounce": "bounce",
 }.items()}
 VERDICT = ("spamscore", "spamstatus", "spamreport.score", "spamassassinscore", "isspam",
+           "envelope.spamd.score", "receipt.spamVerdict.status",
            "receipt.dmarcVerdict.status")
 FILES = ("files", "attachments", "images", "inlines", "embeddedmedia",
          "parseddata.attachments")
@@ -1316,7 +1317,8 @@ def mail_of(provider: Provider, post: Any) -> Mail:
             provider.mend(post, mail)
         if not any(mail.values()):
             raise Refused(422, f"nothing in it reads as a mail of {provider.name}")
-    mail["verdict"] = at(known, VERDICT)
+    known = spelled(post) | known       # SocketLabs' stands beside the mail
+    mail["verdict"] = "\n".join(str(at(known, path)) for path in VERDICT)
     if provider.envelope_from:
         mail["envelope"] = {"from": at(post, provider.envelope_from)}
     return mail

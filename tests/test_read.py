@@ -864,6 +864,36 @@ def test_the_envelope_stands_in_for_a_missing_canonical_from(desk):
     assert shown["from"] == shown["envelope_from"] == "zoe@customer.example"
 
 
+# Where a provider says what it takes a mail for: (body, path, value that says spam).
+VERDICTS = [
+    ("socketlabs/message.json", "SpamScore", 9.5),
+    ("cloudmailin/normalised.json", "envelope.spamd", {"success": True, "score": "9.5"}),
+    ("brevo/one.json", "items.0.SpamScore", 9.5),
+    ("mailjet/message.json", "SpamAssassinScore", "9.5"),
+    ("postal/hash.json", "spam_status", "Spam"),
+    ("ahasend/message.json", "data.spam_score", 9.5),
+    ("lettermint/message.json", "data.is_spam", True),
+    ("lettermint/message.json", "data.spam_score", 9.5),
+    ("maileroo/message.json", "is_spam", True),
+    ("ses/delivered-raw.json", "receipt.spamVerdict.status", "FAIL"),
+    ("ses/delivered-raw.json", "receipt.dmarcVerdict", {"status": "FAIL"})]
+
+
+@pytest.mark.parametrize("body, path, value", VERDICTS)
+def test_what_the_provider_takes_for_spam_is_a_ticket_without_a_confirmation(
+        bare, body, path, value):
+    def take_for_spam(post):
+        *steps, last = path.split(".")
+        for step in steps:
+            post = post[int(step) if step.isdigit() else step]
+        post[last] = value
+
+    [answer] = deliver(bare, json.dumps(changed(body, take_for_spam)))
+    assert (answer["status"], answer["kind"], answer["confirmation"]) == (
+        "created", "human", "withheld")
+    assert "the provider takes it for spam" in answer["reason"]
+
+
 # SocketLabs' handshake ----------------------------------------------------------------------------
 
 HANDSHAKE = pytest.mark.parametrize("path, content_type, tickets", [
