@@ -3068,7 +3068,8 @@ def has_words(text: str, ours: str) -> bool:
     is_marked = re.search("(?m)^>", text)
     for paragraph in re.split(r"\n\s*\n", re.split("(?m)^-- ?$", text)[0]):
         head = "\n".join(paragraph.lower().split("\n")[:2])
-        if ours in head and not is_marked:      # Outlook's From: line, all below is quoted
+        # Outlook's From: line, all below is quoted; in a sentence it is an address.
+        if re.search(r"[<:]\s*" + re.escape(ours), head) and not is_marked:
             return False
         lines = re.findall("(?m)^[^>\n].*", paragraph)
         if lines and not lines[-1].rstrip().endswith(":"):

@@ -477,6 +477,8 @@ CLOSING = [
     ("close\n\nPull the plug." + OUTLOOK, "Pull the plug.", "closed"),
     ("close" + GMAIL + "\nPull the plug.", "Pull the plug.", "closed"),
     ("Please close the door.", "Please close the door.", "open"),
+    (f"Write to {US}.", f"Write to {US}.", "open"),
+    (f"close\n\nWrite to {US}.{OUTLOOK}", f"Write to {US}.", "closed"),
     ("close it", "close it", "open"), ("Pull it.\nclose", "Pull it.\nclose", "open"),
     ("> close\n\nPull the plug.", "> close\n\nPull the plug.", "open")]
 
