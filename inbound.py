@@ -3748,7 +3748,7 @@ def secret_rotate(store: Store, *, keep: str = "24h", account: str = "") -> Any:
     change_account(store, account, {
         "previous_secret": chosen_account(store, account)["inbound_secret"],
         "previous_secret_until": store.now() + int(keep[:-1]) * unit,
-        "inbound_secret": new_secret()})
+        "previous_secret_used_at": None, "inbound_secret": new_secret()})
     return secret_show(store, account=account)
 
 
