@@ -2721,7 +2721,8 @@ def keep(db: DB, now: int, post: Post, status: int, reason: str) -> None:
     db.execute("""INSERT INTO rejected (received_at, email_account, status, reason,
             content_type, body, body_sha256) VALUES (?, ?, ?, ?, ?, ?, ?)
         ON CONFLICT DO UPDATE SET tries = tries + 1, received_at = excluded.received_at,
-            status = excluded.status, reason = excluded.reason""", [
+            status = excluded.status, reason = excluded.reason,
+            content_type = excluded.content_type""", [
         post.received_at or now, post.account["id"], status, clean(reason),
         post.content_type, post.body, hashlib.sha256(post.body).hexdigest()])
 

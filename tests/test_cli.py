@@ -712,6 +712,14 @@ def test_rejected_replay_never_changes_when_a_post_was_received(desk, monkeypatc
     assert desk.show(result["ticket"])["messages"][0]["received_at"] == noon
 
 
+def test_rejected_replay_reads_a_post_by_the_content_type_that_it_came_with_last(desk):
+    desk.post({"absender": "ada@customer.example", "mid": "<1@x>"}, "text/html", status=415)
+    desk.post({"absender": "ada@customer.example", "mid": "<1@x>"}, status=422)
+    desk.execute("INSERT INTO provider VALUES ('Ours', ?)",
+                 '{"from": "absender", "message_id": "mid"}')
+    assert printed(desk, "rejected", "replay")[0]["status"] == "created"
+
+
 def test_rejected_show_and_delete(filled):
     assert '{"text": "no sender"}' in filled.run("rejected", "show", "1")
     assert printed(filled, "rejected", "show", "1")["body"] == '{"text": "no sender"}'
