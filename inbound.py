@@ -1973,8 +1973,8 @@ def local_part(address: str) -> str:
 
 
 # -----------------------------------------------------------------------------------------
-# Thread: which ticket a message belongs to. By ids first; by the subject's tag for its
-# requester alone.
+# Thread: which ticket a message belongs to. By ids first; by the subject's tag for a party
+# to it alone.
 
 # In brackets of any width or none, and folded by mail programs between the halves.
 SUBJECT_TAG = re.compile(
@@ -2016,9 +2016,16 @@ def thread(db: DB, account: Row, message: Message, kind: str) -> tuple[Row | Non
         ticket = db.execute(
             "SELECT * FROM ticket WHERE reference = ? AND email_account = ?",
             ["".join(halves).upper(), account["id"]]).fetchone()
-        if ticket and mailbox_key(ticket["requester"]) == mailbox_key(message.from_address):
-            return ticket, "the requester wrote it with this ticket's tag in the subject"
+        if ticket and is_party(db, ticket, message.from_address):
+            return ticket, "a party to it wrote this ticket's tag in the subject"
     return None, "no id of a known message, so a new ticket"
+
+
+def is_party(db: DB, ticket: Row, address: str) -> bool:
+    """Whether it is the requester's, or one that a mail of ours on the ticket went to."""
+    mailbox = mailbox_key(address)
+    return mailbox == mailbox_key(ticket["requester"]) or bool(
+        mails_about(db, ticket, mailbox, ["confirmation", "reply", "answer"], 1))
 
 
 def report_of(message: Message) -> str:
@@ -2621,20 +2628,15 @@ CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 
 def touch_ticket(db: DB, now: int, ticket: Row, filing: Filing, is_news: bool) -> None:
-    """A party's own words open a closed ticket again; no machine's, and no stranger's.
-
-    Parties are the requester and whom a mail of ours on the ticket went to.
-    """
+    """A party's own words open a closed ticket again; no machine's, and no stranger's."""
     author = filing.message.from_address
-    is_party = mailbox_key(author) == mailbox_key(ticket["requester"]) or mails_about(
-        db, ticket, mailbox_key(author), ["confirmation", "reply", "answer"], 1)
+    is_known = is_party(db, ticket, author)
     is_reaction = filing.kind in ("bounce", "auto-reply")
-    if not is_party and not is_reaction:
+    if not is_known and not is_reaction:
         add_note(filing.message, f"written by a stranger to this ticket: {author}")
     db.execute("""UPDATE ticket SET updated_at = ?, status = iif(?, 'open', status),
         last_writer = iif(?, last_writer, 'customer') WHERE id = ? AND ?""", [
-            now, filing.kind == "human" and bool(is_party), is_reaction, ticket["id"],
-            is_news])
+            now, filing.kind == "human" and is_known, is_reaction, ticket["id"], is_news])
 
 
 def insert_message(db: DB, now: int, ticket: Row, message: Message, reason: str,
