@@ -283,6 +283,24 @@ def test_a_person_is_erased_and_nobody_else(ready):
     assert ready.count("attachment") == 1 and ready.count("rejected") == 1
 
 
+# (a rejected post, whether it names ann@x.example)
+NAMES_ANN = [
+    ("ann@x.example", True), ("<ann@x.example>", True), ("To ANN@x.example.", True),
+    (r'{"to": "ann@x.example"}', True), (r'"a\nann@x.example"', True),
+    (r'"\u003cann@x.example\u003e"', True), ("from=%3cann%40x.example%3e", True),
+    ("from=ann%40x.example&a=b", True), ("mailto:ann@x.example, jo@x.example", True),
+    ("joann@x.example", False), ("jo.ann@x.example", False), ("jo-ann@x.example", False),
+    ("jo+ann@x.example", False), ("ann@x.example.org", False), ("ann@x.examples", False),
+    ("from=joann%40x.example", False), ("ann@x.example-shop.example", False)]
+
+
+@pytest.mark.parametrize("body, is_named", NAMES_ANN)
+def test_a_rejected_post_of_a_person_is_erased_and_none_of_a_longer_address(ready, body, is_named):
+    ready.post(body, "text/html", status=415)
+    ready.run("forget", "ann@x.example")
+    assert ready.count("rejected") == (not is_named)
+
+
 def test_nothing_of_a_forgotten_person_is_left_in_the_file(ready):
     with_two_people(ready)
     ready.run("forget", ADA)
