@@ -3068,13 +3068,13 @@ def file_answer(db: DB, now: int, post: Post, ticket: Row, message: Message) -> 
 
 def has_words(text: str, ours: str) -> bool:
     """Whether a person wrote more than a signature, and the line above what they quote."""
-    is_marked = re.search("(?m)^>", text)
+    is_marked = re.search(r"(?m)^[^\S\n]*>", text)
     for paragraph in re.split(r"\n\s*\n", re.split("(?m)^-- ?$", text)[0]):
         head = "\n".join(paragraph.lower().split("\n")[:2])
         # Outlook's From: line, all below is quoted; in a sentence it is an address.
         if re.search(r"[<:]\s*" + re.escape(ours), head) and not is_marked:
             return False
-        lines = re.findall("(?m)^[^>\n].*", paragraph)
+        lines = re.findall(r"(?m)^[^\S\n]*[^\s>].*", paragraph)
         if lines and not lines[-1].rstrip().endswith(":"):
             return True
     return False

@@ -473,6 +473,8 @@ CLOSING = [
     ("close" + OUTLOOK, None, "closed"), ("close" + GMAIL, None, "closed"),
     ("close" + THUNDERBIRD, None, "closed"), ("close!" + OUTLOOK, None, "closed"),
     ("close\n\n-- \nBob, Team\n" + GMAIL, None, "closed"),
+    ("close" + THUNDERBIRD + " ", None, "closed"),
+    ("close" + THUNDERBIRD.replace("\n>", "\n >"), None, "closed"),
     ("close\r\n\r\n-- \r\nBob, Team\r\n", None, "closed"),
     ("close\n\nPull the plug." + OUTLOOK, "Pull the plug.", "closed"),
     ("close" + GMAIL + "\nPull the plug.", "Pull the plug.", "closed"),
@@ -598,6 +600,8 @@ FORGERIES = {
         {"subject": "Automatic reply: [T-0000-0000] Printer on fire"}, BOB, "auto-reply", None),
     "nothing but a quotation": (
         {"text": "On Tuesday Ada wrote:\n> It burns.\n"}, BOB, "nothing in it", BOB),
+    "nothing but a quotation and a blank": (
+        {"text": "On Tuesday Ada wrote:\n> It burns.\n\xa0"}, BOB, "nothing in it", BOB),
     "nothing at all": ({"text": " \n"}, BOB, "nothing in it", BOB),
     "an attachment that was not posted": (
         {"attachments": [{"filename": "a.pdf", "content": "?"}]}, BOB, "'a.pdf' is not kept", BOB)}
