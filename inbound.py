@@ -2266,6 +2266,7 @@ class Store:
         wait = BUSY_TIMEOUT if time.monotonic() > self._locked_until else 0
         self._writer.execute(f"PRAGMA busy_timeout = {1000 * wait:.0f}")
         self._writer.execute("BEGIN IMMEDIATE")
+        self._locked_until = 0.0        # the next lock is another's, and may be short
         if len(self._files) == 1:       # now there is a -wal, too
             self._files = files_at(self.path) | self._files
         return self._writer
