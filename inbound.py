@@ -3103,14 +3103,14 @@ def draft_answer(db: DB, now: int, account: Row, ticket: Row, to: str, text: str
                  files: Iterable[Attachment] = ()) -> Message:
     """A mail of the team to somebody, in reply to the last that came from there.
 
-    Of another's only the id goes into its headers, not the ancestors: among those may be a
-    notice, whose id is what an answer is known by.
+    Of another's not even the id goes into its headers: it may be a notice that came back,
+    whose id is what an answer is known by.
     """
-    parent = db.execute("""SELECT * FROM message WHERE ticket = ? AND direction = 'in'
-        ORDER BY from_address = ? DESC, id DESC LIMIT 1""", [ticket["id"], to]).fetchone()
-    ancestors = [parent["message_id"]]
-    if mailbox_key(parent["from_address"]) == mailbox_key(to):
-        ancestors = json.loads(parent["references"]) + ancestors
+    ancestors: list[str] = []
+    for parent in db.execute("""SELECT message_id, "references" FROM message
+            WHERE ticket = ? AND direction = 'in' AND from_address = ?
+            ORDER BY id DESC LIMIT 1""", [ticket["id"], to]):
+        ancestors = [*json.loads(parent["references"]), parent["message_id"]]
     subject = re.sub(r"^(?:re:\s*)+", "", ticket["subject"], flags=re.I)[:200]
     return draft_mail(account, now, to, {}, text=text, files=files, ancestors=ancestors,
                       subject=f"[{ticket['reference']}] Re: {subject}")

@@ -379,8 +379,9 @@ def test_an_answer_of_any_length_arrives_whole(asked, size, encoding):
 
 
 def test_nor_does_a_later_reply_name_one(asked):
-    """A mail of Bob's that was refused has the notice's id in its References."""
+    """A mail of Bob's that was refused has the notice's id in its References, or is the notice."""
     asked.post(reply_to(asked.notice, "Out.", headers={"X-Auto-Response-Suppress": "All"}))
+    asked.post(asked.notice.as_bytes(), "message/rfc822")
     for to in ([], ["--to", "dan@partner.example"]):
         asked.run("reply", asked.reference, *to, stdin="Hello")
     for content, in asked.sql("SELECT content FROM outbox WHERE purpose = 'reply'"):
