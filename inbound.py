@@ -1178,14 +1178,16 @@ PROVIDERS = (
     # Postmark. Requires: an inbound stream. Authenticates by: ?secret= or Basic. Answers:
     # 200; all but 403 is tried again for 10 h. Configure: the stream's webhook. MessageID
     # is its own.
-    Provider("Postmark", "FromFull", raw="RawEmail", fields={"message_id": None}),
+    Provider("Postmark", "FromFull Headers", raw="RawEmail", fields={"message_id": None}),
     # Brevo. Requires: inbound parsing. Authenticates by: ?secret=, Basic or a header.
     # Answers: 2xx; 4xx is final. Configure: POST /v3/webhooks, type inbound. Of attachments
     # only the names are posted.
-    Provider("Brevo", "items", member="", when=lambda post: "from" not in post),
+    Provider("Brevo", "items", member="", when=lambda post: any(
+        at(item, "Uuid") for item in items_of(post["items"]))),
     # Mailjet. Requires: the Parse API. Authenticates by: ?secret= or Basic. Answers: 200,
     # else tried again. Configure: POST /v3/REST/parseroute with the Url.
-    Provider("Mailjet", "Recipient Sender", envelope_from="Sender", mend=mend_mailjet),
+    Provider("Mailjet", "Recipient Sender Headers", envelope_from="Sender",
+             mend=mend_mailjet),
     # MailerSend. Requires: an inbound route. Authenticates by: ?secret=. Answers: 2xx
     # within 3 s; all else is final. Configure: the route's POST URL. data.id is
     # MailerSend's own.
@@ -1195,7 +1197,7 @@ PROVIDERS = (
     # ?secret=. Answers: exactly 200. Configure: the alias.
     Provider("Forward Email", "session headerLines", envelope_from="session.sender"),
     # mailparser, the parser of Node's nodemailer, in a script of your own.
-    Provider("mailparser", "headerLines"),
+    Provider("mailparser", "headerLines messageId"),
     # ImprovMX. Requires: an alias that is a webhook. Authenticates by: ?secret=. Answers:
     # 2xx, else tried three times in all. Configure: the alias's destination.
     Provider("ImprovMX", "message-id return-path", envelope_from="return-path.email"),
@@ -1214,7 +1216,7 @@ PROVIDERS = (
     Provider("AgentMail", "event_type", "message.received", place="message"),
     # MailPace. Requires: an inbound endpoint. Authenticates by: ?secret=. Answers: 2xx.
     # Configure: the domain's inbound URL.
-    Provider("MailPace", "raw", raw="raw"),
+    Provider("MailPace", "raw messageId headers", raw="raw"),
     # mox, a mail server. Requires: an account's incoming webhook. Authenticates by:
     # ?secret= or its Authorization setting. Answers: 200. It posts neither headers nor
     # attachments.

@@ -1693,6 +1693,15 @@ def describe(desk, fields, name="Ours"):
     desk.execute("INSERT INTO provider (name, fields) VALUES (?, ?)", name, fields)
 
 
+@pytest.mark.parametrize("alike", [
+    {"items": [{"Sku": 17}]}, {"items": "two"}, {"raw": "size: 9 mm"}, {"FromFull": "Zoë"},
+    {"Sender": "Zoë", "Recipient": "us"}, {"headerLines": 3}])
+def test_a_field_that_some_provider_has_too_makes_no_post_of_that_provider(desk, alike):
+    describe(desk, OURS)
+    shown = message(desk, POST | alike)
+    assert (shown["message_id"], shown["text"]) == (MESSAGE_ID, TEXT)
+
+
 def test_a_row_of_provider_is_in_force_for_the_next_request_and_gone_with_it(desk):
     refuse(desk, POST, 422)
     describe(desk, OURS)
