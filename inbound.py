@@ -1269,9 +1269,9 @@ def members_of(provider: Provider, post: Row) -> list[Any]:
 
 # What brings no mail: events, by their names; and what only says that there is a mail.
 EVENT = re.compile(
-    r"(?i)(?:.*(?:activity|bounce|click|complain|contact|deferred|deliver|domain|drop|fail|"
-    r"held|list_|open|process|queued|sent|spam_report|subscri|suppress|track).*|"
-    r"webhook\..*|validation)")
+    r"(?i)(?:.*(?:activity|bounce|click|complain|contact.(?:cre|upd|del)|deferred|deliver|"
+    r"domain|drop|fail|held|list_|open|process|queued|sent|spam_report|subscri|suppress|"
+    r"track).*|webhook\..*|validation)")
 METADATA_ONLY = {
     "Resend": "data.email_id", "Nylas": "specversion", "Emailit": "data.object",
     "Mailtrap": "events.0.event", "MailSlurp": "emailId", "Gmail": "subscription",
@@ -1286,7 +1286,9 @@ def notice_in(post: Row) -> str:
     name = at(post, (
         "event_type", "event", "type", "RecordType", "Type", "notificationType",
         "event-data.event", "events.0.event"))
-    if isinstance(name, str) and ("TopicArn" in post or EVENT.fullmatch(name[:200])):
+    may_be_mail = not {"from", "text", "html"}.isdisjoint(post)
+    if isinstance(name, str) and not may_be_mail and (
+            "TopicArn" in post or EVENT.fullmatch(name[:200])):
         return f"an event, no mail: {name if len(name) < 100 else 'its name is long'}"
     for provider, path in METADATA_ONLY.items():
         if at(post, path) is not None:

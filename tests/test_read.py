@@ -1043,6 +1043,15 @@ def test_an_event_of_a_listed_provider_is_ignored_and_not_kept(desk, body):
     assert desk.count("rejected") == 0
 
 
+@pytest.mark.parametrize("body", [
+    {"type": "opened", "from": "zoe@customer.example", "text": TEXT},       # no message_id
+    {"event": "contact", "from": "zoe@customer.example"}, {"type": "delivery", "html": HTML},
+    {"type": "contact_form", "absender": FROM, "mid": MESSAGE_ID}])
+def test_what_may_be_mail_is_kept_whatever_it_says_of_its_type(desk, body):
+    refuse(desk, body, 422)
+    assert len(kept(desk)) == 1
+
+
 WAITING = {"id": "f1f1f1f1", "from": "zoe@customer.example", "to": ADDRESS, "subject": SUBJECT}
 METADATA_ONLY = {
     "Resend": json.loads(read("resend/received.json")),
