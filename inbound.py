@@ -2121,7 +2121,9 @@ class Store:
         false or it was there before.
         """
         try:
-            if not os.path.exists(self.path):
+            # sqlite3 makes an empty one where a name is mistyped.
+            if not os.path.exists(self.path) or not (
+                    create or os.path.getsize(self.path)):
                 if self._was_open or not create:
                     raise Refused(503, f"no database at {self.path!r}: `inbound serve` "
                                        "makes one; --db FILE or $INBOUND_DB names another")

@@ -444,6 +444,14 @@ def test_only_serve_makes_a_database_any_other_verb_says_how_to_name_one(tmp_pat
     assert [*tmp_path.iterdir()] == []
 
 
+def test_an_empty_file_is_no_database_but_to_serve(tmp_path, clock, capsys):
+    path = tmp_path / "none.db"
+    path.touch()
+    assert inbound.main(["--db", str(path), "tickets"]) == 1
+    assert "no database at" in capsys.readouterr().err and path.read_bytes() == b""
+    assert inbound.Store(str(path), clock).open()
+
+
 def test_what_is_no_database_is_said_in_one_line(tmp_path, capsys):
     (tmp_path / "x.db").write_text("no database" * 500)
     assert inbound.main(["--db", str(tmp_path / "x.db"), "tickets"]) == 1
