@@ -1310,6 +1310,9 @@ def mail_of(provider: Provider, post: Any) -> Mail:
     raw = raw_mail_of(at(post, provider.raw))
     if raw:
         mail = mail_of_mime(raw)
+        # Postmark's MAIL FROM stands above the headers that it posts beside the mail.
+        first = raw_headers_of(known.get("headers"), {})[:1]
+        mail["headers"][:0] = [pair for pair in first if pair[0] == "Return-Path"]
     else:
         mail = {name: at(known, paths) for name, paths in SPELLINGS.items()}
         listed = [at(known, name) for name in FILES]

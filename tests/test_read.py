@@ -832,6 +832,18 @@ def no_from_mailjet(body):
     body["From"] = body["Headers"]["From"] = ""
 
 
+@pytest.mark.parametrize("first, sender", [
+    ("<>", ""), ("<zoe@customer.example>", "zoe@customer.example"), ("", None)])
+def test_postmark_tells_the_envelope_sender_above_its_headers_with_the_whole_mail_too(
+        desk, first, sender):
+    def put_first(body):
+        body["Headers"].insert(0, {"Name": "Return-Path", "Value": first})
+
+    shown = message(desk, changed("postmark/with-raw.json", put_first))
+    assert shown["envelope_from"] == sender
+    assert (shown["confirmation"] == "withheld") == (sender == "")
+
+
 @pytest.mark.parametrize("path, change", [
     ("postmark/message.json", no_from_postmark), ("socketlabs/message.json", no_from_socketlabs),
     ("postal/hash.json", no_from_postal), ("mailjet/message.json", no_from_mailjet)])
