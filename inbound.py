@@ -517,7 +517,8 @@ TROUBLES = """
         WHERE next_attempt_at IS NOT NULL AND created_at < :now - 3600)
     UNION ALL SELECT 1, 'disk: ' || round(:free, 1) || ' % free, expected 5 % or more'
     WHERE :free < 5
-    UNION ALL SELECT 0, address || ' has no relay: run `inbound account set smtp_host=…`'
+    UNION ALL SELECT 0, replace(
+        '@ has no relay: run `inbound account set --account @ smtp_host=…`', '@', address)
     FROM email_account WHERE smtp_host IS NULL
     UNION ALL SELECT 0, address || ' is nobody''s: run `inbound account set address=…`'
     FROM email_account WHERE address = 'support@localhost'
@@ -4259,7 +4260,7 @@ def checks_of(store: Store) -> Iterator[Check]:
 def checks_of_account(store: Store, account: Row) -> Iterator[Check]:
     address = account["address"]
     yield (f"secret of {address}", len({*(account["inbound_secret"] or "")}) >= 8,
-           "unset or easily guessed: run `inbound secret rotate`")
+           f"unset or easily guessed: run `inbound secret rotate --account {address}`")
     used, until = account["previous_secret_used_at"], account["previous_secret_until"]
     if account["previous_secret"] and used and until > store.now():
         yield (f"previous secret of {address}", False,
@@ -4268,7 +4269,7 @@ def checks_of_account(store: Store, account: Row) -> Iterator[Check]:
         with contextlib.closing(Relay(account)) as session:
             _, words = session.deliver(None)
         yield (f"relay of {address}", not words,
-               f"{words}: see `inbound account set smtp_…`")
+               f"{words}: see `inbound account set --account {address} smtp_…`")
 
 
 def checks_of_url(store: Store, url: str) -> Iterator[Check]:

@@ -75,6 +75,17 @@ def test_what_is_broken_is_a_fail_that_says_what_to_do(ready, statement, check, 
     assert sum(line.startswith("FAIL") for line in text.splitlines()) == len(found)
 
 
+@pytest.mark.parametrize("setting", [
+    "inbound_secret = NULL", "smtp_host = NULL", "smtp_host = 'no-such-host.invalid'"])
+def test_what_to_do_names_the_account_that_it_is_to_be_done_to(ready, setting):
+    ready.run("account", "add", "sales@helpdesk.example")
+    ready.execute("UPDATE email_account SET smtp_host = 'localhost', smtp_port = 1")
+    ready.execute(f"UPDATE email_account SET {setting} WHERE NOT is_default")
+    told = [words for words in re.findall("`inbound [^`]*`", ready.run("doctor", status=1))
+            if "sales@" in words]
+    assert told and all("--account sales@helpdesk.example" in words for words in told)
+
+
 @pytest.mark.parametrize("name", ["inbound.db", "inbound.db-wal", "inbound.db.copy"])
 def test_a_file_that_others_may_read_is_a_fail(ready, name):
     ready.post(ready.mail())
