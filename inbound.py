@@ -1415,6 +1415,8 @@ def typed(mail: Mail, faults: Faults) -> Mail:
     fields: Mail = {}
     for name, (expected, types) in CANONICAL.items():
         value = mail.get(name)
+        if isinstance(value, bytes):    # a form's `email` or `message` may be a whole mail
+            value = decode(value, None)
         if types[0] is str and type(value) in (str, int, float):
             value = clean(str(value))
         elif value is not None and not isinstance(value, types):

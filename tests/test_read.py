@@ -1714,6 +1714,16 @@ def describe(desk, fields, name="Ours"):
     desk.execute("INSERT INTO provider (name, fields) VALUES (?, ?)", name, fields)
 
 
+@pytest.mark.parametrize("content_type", [FORM, MULTIPART])
+def test_a_row_of_provider_reads_a_form_whatever_its_fields_are_called(desk, content_type):
+    describe(desk, {"from": "email", "message_id": "body-mime", "text": "message"})
+    fields = {"email": FROM, "body-mime": MESSAGE_ID, "message": TEXT}
+    body = urlencode(fields) if content_type == FORM else multipart(*fields.items())
+    shown = message(desk, body, content_type)
+    assert (shown["from_name"], shown["from"]) == MAILBOX
+    assert (shown["message_id"], shown["text"], shown["notes"]) == (MESSAGE_ID, TEXT, [])
+
+
 @pytest.mark.parametrize("alike", [
     {"items": [{"Sku": 17}]}, {"items": "two"}, {"raw": "size: 9 mm"}, {"FromFull": "Zoë"},
     {"Sender": "Zoë", "Recipient": "us"}, {"headerLines": 3}])
