@@ -1306,6 +1306,9 @@ def mail_of(provider: Provider, post: Any) -> Mail:
     named = {name: at(post, path) for name, path in provider.fields.items()
              if name in CANONICAL}
     if provider.place is None:
+        # A form's files stand apart from its fields.
+        if isinstance(post, Fields) and not post.is_object:
+            named["attachments"] = named.get("attachments") or post.get("files")
         return named
     known = spelled(at(post, provider.place))
     raw = raw_mail_of(at(post, provider.raw))

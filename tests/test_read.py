@@ -1724,6 +1724,15 @@ def test_a_row_of_provider_reads_a_form_whatever_its_fields_are_called(desk, con
     assert (shown["message_id"], shown["text"], shown["notes"]) == (MESSAGE_ID, TEXT, [])
 
 
+@pytest.mark.parametrize("fields", [OURS, OURS | {"attachments": "datei"}])
+def test_what_is_read_of_a_form_by_a_row_of_provider_has_its_files(desk, fields):
+    describe(desk, fields)
+    body = multipart(("absender", FROM), ("mid", MESSAGE_ID),
+                     ("datei", PDF, "rechnung.pdf", "application/pdf"))
+    [file] = message(desk, body, MULTIPART)["attachments"]
+    assert (file["filename"], file["size"]) == ("rechnung.pdf", len(PDF))
+
+
 @pytest.mark.parametrize("alike", [
     {"items": [{"Sku": 17}]}, {"items": "two"}, {"raw": "size: 9 mm"}, {"FromFull": "Zoë"},
     {"Sender": "Zoë", "Recipient": "us"}, {"headerLines": 3}])
