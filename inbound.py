@@ -4328,9 +4328,10 @@ def forget(store: Store, address: str) -> Any:
 
     Erase a person: their tickets, their messages elsewhere, outbox and rejected posts.
     """
-    if "@" not in address:
+    mailboxes = mailboxes_of(address)
+    if len(mailboxes) != 1 or "@" not in address:
         raise Refused(400, f"{address!r} is no address: expected one like ada@example.org")
-    counts = store.write(erase, address)
+    counts = store.write(erase, mailboxes[0][1])
     print("inbound: backups hold it until they expire, the -wal file until it is written "
           "over or the server stops", file=sys.stderr)
     return counts

@@ -279,9 +279,10 @@ def with_two_people(desk):
     return hers, his
 
 
-def test_a_person_is_erased_and_nobody_else(ready):
+@pytest.mark.parametrize("address", ["Ada@Customer.Example", f"Ada Lovelace <{ADA}>", f" {ADA}"])
+def test_a_person_is_erased_and_nobody_else(ready, address):
     hers, his = with_two_people(ready)
-    printed = ready.run("forget", "Ada@Customer.Example", "--json")
+    printed = ready.run("forget", address, "--json")
     counts = json.loads(printed.partition("inbound:")[0])
     assert counts["tickets"] == 1 and counts["messages"] >= 1 and counts["rejected"] == 1
     ready.run("show", hers, status=1)
@@ -325,8 +326,9 @@ def test_forget_says_what_still_holds_it(ready):
     assert "backups" in ready.run("forget", ADA)
 
 
-def test_forget_wants_an_address(ready):
-    ready.run("forget", "customer.example", status=1)
+@pytest.mark.parametrize("address", ["customer.example", "ada@", f"{ADA}, {BOB}"])
+def test_forget_wants_an_address(ready, address):
+    ready.run("forget", address, status=1)
 
 
 def test_a_mail_of_a_forgotten_person_opens_a_new_ticket(ready):
