@@ -1148,12 +1148,14 @@ PROVIDERS = (
              envelope_from="sender", raw="body-mime", mend=mend_files),
     # SendGrid. Requires: Inbound Parse. Authenticates by: ?secret= or Basic. Answers: 2xx;
     # 5xx is tried again for 3 days, 4xx is final. Configure: Settings › Inbound Parse.
-    Provider("SendGrid", "envelope", when=lambda post: isinstance(post["envelope"], str),
+    Provider("SendGrid", "envelope", when=lambda post: isinstance(post["envelope"], str)
+             and {"headers", "email"} & post.keys(),
              envelope_from="envelope.from", raw="email", mend=mend_files),
     # CloudMailin. Requires: an address. Authenticates by: Basic or ?secret=. Answers: 2xx;
     # 4xx bounces the mail, 5xx lets the sender's server try again. Configure: the target.
     Provider("CloudMailin", "envelope", envelope_from="envelope.from", raw="message",
              when=lambda post: isinstance(post["envelope"], dict)
+             and {"headers", "message"} & post.keys()
              and {"from", "text", "message_id"}.isdisjoint(post)),
     # Its deprecated multipart format "original".
     Provider("CloudMailin", "message plain", envelope_from="from", raw="message",

@@ -1735,7 +1735,8 @@ def test_what_is_read_of_a_form_by_a_row_of_provider_has_its_files(desk, fields)
 
 @pytest.mark.parametrize("alike", [
     {"items": [{"Sku": 17}]}, {"items": "two"}, {"raw": "size: 9 mm"}, {"FromFull": "Zoë"},
-    {"Sender": "Zoë", "Recipient": "us"}, {"headerLines": 3}])
+    {"Sender": "Zoë", "Recipient": "us"}, {"headerLines": 3},
+    {"envelope": {"from": ENVELOPE_FROM, "to": ADDRESS}}, {"envelope": "C5"}])
 def test_a_field_that_some_provider_has_too_makes_no_post_of_that_provider(desk, alike):
     describe(desk, OURS)
     shown = message(desk, POST | alike)
