@@ -2957,6 +2957,7 @@ TOLD = "X-Inbound-Notice"
 PREFIX = "[inbound] "           # of our lines in a notice; an answer loses each …
 # … however it is quoted.
 OUR_LINE = re.compile(r"^[^\w\n]{0,40}\[inbound\](?:[^\S\n].*)?(?:\n|\Z)", re.M)
+HEAD_OF_QUOTATION = r"(?m)(?:<\s*|^\W*\w+ ?:.*)"      # and our address: `From: Ada <us@…>`
 CLOSE = re.compile(r"\A(?i:close)!?[^\S\n]*(?:\n+|\Z)")     # a first line that closes
 # Types that are more than bytes of no charset, or none at all.
 NO_BYTES = re.compile(r"\A(?!(?:application|audio|image|video)/[a-z0-9.+-]{1,99}\Z).*")
@@ -3090,7 +3091,7 @@ def has_words(text: str, ours: str) -> bool:
     for paragraph in re.split(r"\n\s*\n", re.split("(?m)^-- ?$", text)[0]):
         head = "\n".join(paragraph.lower().split("\n")[:2])
         # Outlook's From: line, all below is quoted; in a sentence it is an address.
-        if re.search(r"[<:]\s*" + re.escape(ours), head) and not is_marked:
+        if re.search(HEAD_OF_QUOTATION + re.escape(ours), head) and not is_marked:
             return False
         lines = re.findall(r"(?m)^[^\S\n]*[^\s>].*", paragraph)
         if lines and not lines[-1].rstrip().endswith(":"):
