@@ -1200,7 +1200,8 @@ PROVIDERS = (
     # ?secret=. Answers: exactly 200. Configure: the alias.
     Provider("Forward Email", "session headerLines", envelope_from="session.sender"),
     # mailparser, the parser of Node's nodemailer, in a script of your own.
-    Provider("mailparser", "headerLines messageId"),
+    Provider("mailparser", "headerLines",
+             when=lambda post: isinstance(post["headerLines"], list)),
     # ImprovMX. Requires: an alias that is a webhook. Authenticates by: ?secret=. Answers:
     # 2xx, else tried three times in all. Configure: the alias's destination.
     Provider("ImprovMX", "message-id return-path", envelope_from="return-path.email"),
@@ -1219,7 +1220,7 @@ PROVIDERS = (
     Provider("AgentMail", "event_type", "message.received", place="message"),
     # MailPace. Requires: an inbound endpoint. Authenticates by: ?secret=. Answers: 2xx.
     # Configure: the domain's inbound URL.
-    Provider("MailPace", "raw messageId headers", raw="raw"),
+    Provider("MailPace", "raw headers", raw="raw"),
     # mox, a mail server. Requires: an account's incoming webhook. Authenticates by:
     # ?secret= or its Authorization setting. Answers: 200. It posts neither headers nor
     # attachments.

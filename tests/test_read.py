@@ -430,12 +430,12 @@ NEEDED = {
     "improvmx/message.json": "return-path message-id",
     "ahasend/message.json": "type data",
     "lettermint/message.json": "event data",
-    "mailpace/message.json": "raw messageId headers*",
+    "mailpace/message.json": "raw headers*",
     "mox/message.json": "MessageID Meta Meta.MailFrom Meta.RcptTo",
     "maileroo/message.json": "envelope_sender recipients recipients.0 body",
     "inbound-new/message.json": "event email",
     "agentmail/message.json": "event_type message",
-    "mailparser/message.json": "headerLines messageId",
+    "mailparser/message.json": "headerLines",
     "postal-mime/message.json": "headers from messageId",
 }
 ABSENT = "absent"
