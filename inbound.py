@@ -1332,7 +1332,7 @@ def mail_of(provider: Provider, post: Any) -> Mail:
         if not any(mail.values()):
             raise Refused(422, f"nothing in it reads as a mail of {provider.name}")
     known = spelled(post) | known       # SocketLabs' stands beside the mail
-    mail["verdict"] = "\n".join(str(at(known, path)) for path in VERDICT)
+    mail["verdict"] = "\n".join(str(at(known, path))[:99] for path in VERDICT)
     if provider.envelope_from:
         mail["envelope"] = {"from": at(post, provider.envelope_from)}
     return mail
