@@ -444,6 +444,14 @@ def test_only_serve_makes_a_database_any_other_verb_says_how_to_name_one(tmp_pat
     assert [*tmp_path.iterdir()] == []
 
 
+def test_an_empty_file_is_no_database_but_to_serve(tmp_path, clock, capsys):
+    path = tmp_path / "none.db"
+    path.touch()
+    assert inbound.main(["--db", str(path), "tickets"]) == 1
+    assert "no database at" in capsys.readouterr().err and path.read_bytes() == b""
+    assert inbound.Store(str(path), clock).open()
+
+
 def test_what_is_no_database_is_said_in_one_line(tmp_path, capsys):
     (tmp_path / "x.db").write_text("no database" * 500)
     assert inbound.main(["--db", str(tmp_path / "x.db"), "tickets"]) == 1
@@ -710,6 +718,14 @@ def test_rejected_replay_never_changes_when_a_post_was_received(desk, monkeypatc
     desk.clock.advance(3600)
     [result] = printed(desk, "rejected", "replay")
     assert desk.show(result["ticket"])["messages"][0]["received_at"] == noon
+
+
+def test_rejected_replay_reads_a_post_by_the_content_type_that_it_came_with_last(desk):
+    desk.post({"absender": "ada@customer.example", "mid": "<1@x>"}, "text/html", status=415)
+    desk.post({"absender": "ada@customer.example", "mid": "<1@x>"}, status=422)
+    desk.execute("INSERT INTO provider VALUES ('Ours', ?)",
+                 '{"from": "absender", "message_id": "mid"}')
+    assert printed(desk, "rejected", "replay")[0]["status"] == "created"
 
 
 def test_rejected_show_and_delete(filled):

@@ -102,10 +102,14 @@ def test_each_command_that_the_readme_shows_runs(desk, tmp_path, monkeypatch):
 def test_each_statement_that_the_readme_shows_runs(desk):
     statements = re.findall(r'^sqlite3 \S+ "((?:\\"|[^"])+)"$', BLOCKS, re.M)
     assert len(statements) >= 4
+    desk.post(desk.mail(attachments=[{"filename": ".profile", "content": "MTIz"}]))
+    written = []
     with contextlib.closing(sqlite3.connect(desk.path)) as connection:
-        connection.create_function("writefile", 2, len)     # the shell's own
+        # The shell's own, which writes over what is there: never to a name that a mail chose.
+        connection.create_function("writefile", 2, lambda path, content: written.append(path))
         for statement in statements:
-            connection.execute(statement.replace('\\"', '"'))
+            connection.execute(statement.replace('\\"', '"')).fetchall()
+    assert written == ["report.pdf"]
 
 
 def test_each_recipe_of_the_readme_is_tried_by_a_script():

@@ -75,6 +75,17 @@ def test_what_is_broken_is_a_fail_that_says_what_to_do(ready, statement, check, 
     assert sum(line.startswith("FAIL") for line in text.splitlines()) == len(found)
 
 
+@pytest.mark.parametrize("setting", [
+    "inbound_secret = NULL", "smtp_host = NULL", "smtp_host = 'no-such-host.invalid'"])
+def test_what_to_do_names_the_account_that_it_is_to_be_done_to(ready, setting):
+    ready.run("account", "add", "sales@helpdesk.example")
+    ready.execute("UPDATE email_account SET smtp_host = 'localhost', smtp_port = 1")
+    ready.execute(f"UPDATE email_account SET {setting} WHERE NOT is_default")
+    told = [words for words in re.findall("`inbound [^`]*`", ready.run("doctor", status=1))
+            if "sales@" in words]
+    assert told and all("--account sales@helpdesk.example" in words for words in told)
+
+
 @pytest.mark.parametrize("name", ["inbound.db", "inbound.db-wal", "inbound.db.copy"])
 def test_a_file_that_others_may_read_is_a_fail(ready, name):
     ready.post(ready.mail())
@@ -134,12 +145,13 @@ def test_a_rotated_secret_that_is_still_in_use_is_told_until_it_ends(ready):
     assert not any("previous secret" in name for name in checks(ready, status=1))
 
 
-def test_a_rotated_secret_is_not_in_use_once_another_is_set(ready):
+@pytest.mark.parametrize("another", [("set", "another-secret-0123456789"), ("rotate",)])
+def test_a_rotated_secret_is_not_in_use_once_another_is_set(ready, another):
     ready.run("secret", "rotate", "--keep", "2h")
     ready.post(ready.mail(), headers={"X-Mobieus-Inbound-Secret": SECRET})
     inbound.write_counts(ready.store)
     assert any("previous secret" in name for name in failed(ready))
-    ready.run("secret", "set", "another-secret-0123456789")
+    ready.run("secret", *another)
     assert checks(ready, status=0) == {}
 
 
@@ -267,9 +279,10 @@ def with_two_people(desk):
     return hers, his
 
 
-def test_a_person_is_erased_and_nobody_else(ready):
+@pytest.mark.parametrize("address", ["Ada@Customer.Example", f"Ada Lovelace <{ADA}>", f" {ADA}"])
+def test_a_person_is_erased_and_nobody_else(ready, address):
     hers, his = with_two_people(ready)
-    printed = ready.run("forget", "Ada@Customer.Example", "--json")
+    printed = ready.run("forget", address, "--json")
     counts = json.loads(printed.partition("inbound:")[0])
     assert counts["tickets"] == 1 and counts["messages"] >= 1 and counts["rejected"] == 1
     ready.run("show", hers, status=1)
@@ -280,6 +293,24 @@ def test_a_person_is_erased_and_nobody_else(ready):
             # A whole word: one of 4,096 of our own Message-IDs ends in …ada.
             assert not re.search(r"\bada(?:\+x)?@", str(row).lower()), (table, row)
     assert ready.count("attachment") == 1 and ready.count("rejected") == 1
+
+
+# (a rejected post, whether it names ann@x.example)
+NAMES_ANN = [
+    ("ann@x.example", True), ("<ann@x.example>", True), ("To ANN@x.example.", True),
+    (r'{"to": "ann@x.example"}', True), (r'"a\nann@x.example"', True),
+    (r'"\u003cann@x.example\u003e"', True), ("from=%3cann%40x.example%3e", True),
+    ("from=ann%40x.example&a=b", True), ("mailto:ann@x.example, jo@x.example", True),
+    ("joann@x.example", False), ("jo.ann@x.example", False), ("jo-ann@x.example", False),
+    ("jo+ann@x.example", False), ("ann@x.example.org", False), ("ann@x.examples", False),
+    ("from=joann%40x.example", False), ("ann@x.example-shop.example", False)]
+
+
+@pytest.mark.parametrize("body, is_named", NAMES_ANN)
+def test_a_rejected_post_of_a_person_is_erased_and_none_of_a_longer_address(ready, body, is_named):
+    ready.post(body, "text/html", status=415)
+    ready.run("forget", "ann@x.example")
+    assert ready.count("rejected") == (not is_named)
 
 
 def test_nothing_of_a_forgotten_person_is_left_in_the_file(ready):
@@ -295,8 +326,9 @@ def test_forget_says_what_still_holds_it(ready):
     assert "backups" in ready.run("forget", ADA)
 
 
-def test_forget_wants_an_address(ready):
-    ready.run("forget", "customer.example", status=1)
+@pytest.mark.parametrize("address", ["customer.example", "ada@", f"{ADA}, {BOB}"])
+def test_forget_wants_an_address(ready, address):
+    ready.run("forget", address, status=1)
 
 
 def test_a_mail_of_a_forgotten_person_opens_a_new_ticket(ready):

@@ -65,7 +65,8 @@ def test_nobody_is_written_to_and_the_reason_says_why(desk, bring_in):
     [(confirmation, reason)] = desk.sql("SELECT confirmation, reason FROM message")
     assert confirmation == "withheld" and "imported" in reason
     assert desk.health()[1]["warnings"] == [
-        "support@helpdesk.example has no relay: run `inbound account set smtp_host=…`"]
+        "support@helpdesk.example has no relay: run `inbound account set --account "
+        "support@helpdesk.example smtp_host=…`"]
 
 
 def test_a_second_import_changes_nothing_and_one_that_was_cut_off_goes_on(desk, bring_in):

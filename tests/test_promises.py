@@ -502,6 +502,19 @@ def test_a_commit_that_fails_is_told_to_every_writer_of_it(desk, impatient):
     assert desk.store.write(adds("later")) == "later"
 
 
+def test_a_short_lock_right_after_a_long_one_is_waited_for(desk, impatient, monkeypatch):
+    with desk.locked(), pytest.raises(inbound.Refused):
+        desk.store.write(adds("at the long one"))
+    desk.store.write(adds("between them"))
+    monkeypatch.setattr(inbound, "BUSY_TIMEOUT", 20)
+    with concurrent.futures.ThreadPoolExecutor() as pool, desk.locked() as holder:
+        outcome = pool.submit(desk.store.write, adds("at the short one"))
+        with pytest.raises(concurrent.futures.TimeoutError):
+            outcome.result(timeout=0.1)
+        holder.execute("ROLLBACK")
+        assert outcome.result() == "at the short one"
+
+
 # 3. Nothing that proved it knew the secret is lost -----------------------------------------------
 
 def explode(*args, **kwargs):

@@ -430,12 +430,12 @@ NEEDED = {
     "improvmx/message.json": "return-path message-id",
     "ahasend/message.json": "type data",
     "lettermint/message.json": "event data",
-    "mailpace/message.json": "raw messageId headers*",
+    "mailpace/message.json": "raw headers*",
     "mox/message.json": "MessageID Meta Meta.MailFrom Meta.RcptTo",
     "maileroo/message.json": "envelope_sender recipients recipients.0 body",
     "inbound-new/message.json": "event email",
     "agentmail/message.json": "event_type message",
-    "mailparser/message.json": "headerLines messageId",
+    "mailparser/message.json": "headerLines",
     "postal-mime/message.json": "headers from messageId",
 }
 ABSENT = "absent"
@@ -832,6 +832,18 @@ def no_from_mailjet(body):
     body["From"] = body["Headers"]["From"] = ""
 
 
+@pytest.mark.parametrize("first, sender", [
+    ("<>", ""), ("<zoe@customer.example>", "zoe@customer.example"), ("", None)])
+def test_postmark_tells_the_envelope_sender_above_its_headers_with_the_whole_mail_too(
+        desk, first, sender):
+    def put_first(body):
+        body["Headers"].insert(0, {"Name": "Return-Path", "Value": first})
+
+    shown = message(desk, changed("postmark/with-raw.json", put_first))
+    assert shown["envelope_from"] == sender
+    assert (shown["confirmation"] == "withheld") == (sender == "")
+
+
 @pytest.mark.parametrize("path, change", [
     ("postmark/message.json", no_from_postmark), ("socketlabs/message.json", no_from_socketlabs),
     ("postal/hash.json", no_from_postal), ("mailjet/message.json", no_from_mailjet)])
@@ -862,6 +874,36 @@ def test_a_blank_return_path_is_unknown_and_no_null_sender(desk):
 def test_the_envelope_stands_in_for_a_missing_canonical_from(desk):
     shown = message(desk, desk.mail(**{"from": None}, envelope={"from": "<zoe@customer.example>"}))
     assert shown["from"] == shown["envelope_from"] == "zoe@customer.example"
+
+
+# Where a provider says what it takes a mail for: (body, path, value that says spam).
+VERDICTS = [
+    ("socketlabs/message.json", "SpamScore", 9.5),
+    ("cloudmailin/normalised.json", "envelope.spamd", {"success": True, "score": "9.5"}),
+    ("brevo/one.json", "items.0.SpamScore", 9.5),
+    ("mailjet/message.json", "SpamAssassinScore", "9.5"),
+    ("postal/hash.json", "spam_status", "Spam"),
+    ("ahasend/message.json", "data.spam_score", 9.5),
+    ("lettermint/message.json", "data.is_spam", True),
+    ("lettermint/message.json", "data.spam_score", 9.5),
+    ("maileroo/message.json", "is_spam", True),
+    ("ses/delivered-raw.json", "receipt.spamVerdict.status", "FAIL"),
+    ("ses/delivered-raw.json", "receipt.dmarcVerdict", {"status": "FAIL"})]
+
+
+@pytest.mark.parametrize("body, path, value", VERDICTS)
+def test_what_the_provider_takes_for_spam_is_a_ticket_without_a_confirmation(
+        bare, body, path, value):
+    def take_for_spam(post):
+        *steps, last = path.split(".")
+        for step in steps:
+            post = post[int(step) if step.isdigit() else step]
+        post[last] = value
+
+    [answer] = deliver(bare, json.dumps(changed(body, take_for_spam)))
+    assert (answer["status"], answer["kind"], answer["confirmation"]) == (
+        "created", "human", "withheld")
+    assert "the provider takes it for spam" in answer["reason"]
 
 
 # SocketLabs' handshake ----------------------------------------------------------------------------
@@ -1011,6 +1053,15 @@ EVENTS = {
 def test_an_event_of_a_listed_provider_is_ignored_and_not_kept(desk, body):
     ignore(desk, json.dumps(body))
     assert desk.count("rejected") == 0
+
+
+@pytest.mark.parametrize("body", [
+    {"type": "opened", "from": "zoe@customer.example", "text": TEXT},       # no message_id
+    {"event": "contact", "from": "zoe@customer.example"}, {"type": "delivery", "html": HTML},
+    {"type": "contact_form", "absender": FROM, "mid": MESSAGE_ID}])
+def test_what_may_be_mail_is_kept_whatever_it_says_of_its_type(desk, body):
+    refuse(desk, body, 422)
+    assert len(kept(desk)) == 1
 
 
 WAITING = {"id": "f1f1f1f1", "from": "zoe@customer.example", "to": ADDRESS, "subject": SUBJECT}
@@ -1661,6 +1712,35 @@ def describe(desk, fields, name="Ours"):
     """Add a row of `provider` as an admin would."""
     fields = fields if isinstance(fields, str) else json.dumps(fields)
     desk.execute("INSERT INTO provider (name, fields) VALUES (?, ?)", name, fields)
+
+
+@pytest.mark.parametrize("content_type", [FORM, MULTIPART])
+def test_a_row_of_provider_reads_a_form_whatever_its_fields_are_called(desk, content_type):
+    describe(desk, {"from": "email", "message_id": "body-mime", "text": "message"})
+    fields = {"email": FROM, "body-mime": MESSAGE_ID, "message": TEXT}
+    body = urlencode(fields) if content_type == FORM else multipart(*fields.items())
+    shown = message(desk, body, content_type)
+    assert (shown["from_name"], shown["from"]) == MAILBOX
+    assert (shown["message_id"], shown["text"], shown["notes"]) == (MESSAGE_ID, TEXT, [])
+
+
+@pytest.mark.parametrize("fields", [OURS, OURS | {"attachments": "datei"}])
+def test_what_is_read_of_a_form_by_a_row_of_provider_has_its_files(desk, fields):
+    describe(desk, fields)
+    body = multipart(("absender", FROM), ("mid", MESSAGE_ID),
+                     ("datei", PDF, "rechnung.pdf", "application/pdf"))
+    [file] = message(desk, body, MULTIPART)["attachments"]
+    assert (file["filename"], file["size"]) == ("rechnung.pdf", len(PDF))
+
+
+@pytest.mark.parametrize("alike", [
+    {"items": [{"Sku": 17}]}, {"items": "two"}, {"raw": "size: 9 mm"}, {"FromFull": "Zoë"},
+    {"Sender": "Zoë", "Recipient": "us"}, {"headerLines": 3},
+    {"envelope": {"from": ENVELOPE_FROM, "to": ADDRESS}}, {"envelope": "C5"}])
+def test_a_field_that_some_provider_has_too_makes_no_post_of_that_provider(desk, alike):
+    describe(desk, OURS)
+    shown = message(desk, POST | alike)
+    assert (shown["message_id"], shown["text"]) == (MESSAGE_ID, TEXT)
 
 
 def test_a_row_of_provider_is_in_force_for_the_next_request_and_gone_with_it(desk):

@@ -379,8 +379,9 @@ def test_an_answer_of_any_length_arrives_whole(asked, size, encoding):
 
 
 def test_nor_does_a_later_reply_name_one(asked):
-    """A mail of Bob's that was refused has the notice's id in its References."""
+    """A mail of Bob's that was refused has the notice's id in its References, or is the notice."""
     asked.post(reply_to(asked.notice, "Out.", headers={"X-Auto-Response-Suppress": "All"}))
+    asked.post(asked.notice.as_bytes(), "message/rfc822")
     for to in ([], ["--to", "dan@partner.example"]):
         asked.run("reply", asked.reference, *to, stdin="Hello")
     for content, in asked.sql("SELECT content FROM outbox WHERE purpose = 'reply'"):
@@ -473,10 +474,17 @@ CLOSING = [
     ("close" + OUTLOOK, None, "closed"), ("close" + GMAIL, None, "closed"),
     ("close" + THUNDERBIRD, None, "closed"), ("close!" + OUTLOOK, None, "closed"),
     ("close\n\n-- \nBob, Team\n" + GMAIL, None, "closed"),
+    ("close" + THUNDERBIRD + " ", None, "closed"),
+    (f"close\n\n*De :* Ada via Support ({US})\nA : bob\n\nIt burns.", None, "closed"),
+    (f"close\n\nFrom: Ada [mailto:{US}]\nSent: today\n\nIt burns.", None, "closed"),
+    (f"close\n\nAda via Support <\n{US}> wrote:\n\nIt burns.", None, "closed"),
+    ("close" + THUNDERBIRD.replace("\n>", "\n >"), None, "closed"),
     ("close\r\n\r\n-- \r\nBob, Team\r\n", None, "closed"),
     ("close\n\nPull the plug." + OUTLOOK, "Pull the plug.", "closed"),
     ("close" + GMAIL + "\nPull the plug.", "Pull the plug.", "closed"),
     ("Please close the door.", "Please close the door.", "open"),
+    (f"Write to {US}.", f"Write to {US}.", "open"),
+    (f"close\n\nWrite to {US}.{OUTLOOK}", f"Write to {US}.", "closed"),
     ("close it", "close it", "open"), ("Pull it.\nclose", "Pull it.\nclose", "open"),
     ("> close\n\nPull the plug.", "> close\n\nPull the plug.", "open")]
 
@@ -596,6 +604,8 @@ FORGERIES = {
         {"subject": "Automatic reply: [T-0000-0000] Printer on fire"}, BOB, "auto-reply", None),
     "nothing but a quotation": (
         {"text": "On Tuesday Ada wrote:\n> It burns.\n"}, BOB, "nothing in it", BOB),
+    "nothing but a quotation and a blank": (
+        {"text": "On Tuesday Ada wrote:\n> It burns.\n\xa0"}, BOB, "nothing in it", BOB),
     "nothing at all": ({"text": " \n"}, BOB, "nothing in it", BOB),
     "an attachment that was not posted": (
         {"attachments": [{"filename": "a.pdf", "content": "?"}]}, BOB, "'a.pdf' is not kept", BOB)}

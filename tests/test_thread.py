@@ -358,6 +358,15 @@ def test_the_requester_s_tag_finds_the_ticket(bare, door, subject, from_address)
         appended(bare, reference, door, subject=subject.format(tag), **{"from": from_address})
 
 
+@both_doors
+def test_so_does_the_tag_of_one_whom_a_mail_of_ours_on_it_went_to(bare, door):
+    reference = opened(bare)
+    bare.run("reply", reference, "--to", BOB, stdin="What do you think?")
+    bare.run("close", reference)
+    appended(bare, reference, door, subject=f"[{reference}] Printer", **{"from": BOB})
+    assert status_of(bare, reference) == "open"
+
+
 # Where a mail program folded it: T-7F3K-9Q2M is T, 7F3K and 9Q2M here.
 FOLDED = ["Re: [{}-{}-\r\n {}] Printer", "Re: [{}-{}-\r\n\t{}] Printer",
           "Re: [{}-\r\n {}-{}] Printer",
