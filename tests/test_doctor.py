@@ -13,7 +13,7 @@ import urllib.request
 import pytest
 
 import inbound
-from conftest import NOON, SECRET, URL, mail_from
+from conftest import LONG, NOON, SECRET, URL, mail_from
 
 ADA, BOB = "ada@customer.example", "bob@elsewhere.example"
 
@@ -174,7 +174,7 @@ def test_without_an_account_everything_says_so(ready):
     for verb in (["doctor"], ["doctor", "--url", "http://localhost:1"], ["import", __file__]):
         assert "inbound account add" in ready.run(*verb, status=1), verb
     ended = subprocess.run([sys.executable, inbound.__file__, "--db", str(ready.path), "serve",
-                            "--listen", "127.0.0.1:0"], capture_output=True, timeout=20)
+                            "--listen", "127.0.0.1:0"], capture_output=True, timeout=LONG)
     assert ended.returncode == 1 and b"inbound account add" in ended.stderr
     assert b"Traceback" not in ended.stderr
     ready.run("account", "add", "help@x.example")
@@ -243,7 +243,7 @@ def test_a_backup_under_load_holds_all_that_was_acknowledged_before_it(serve, fi
     finally:
         is_over.set()
         for thread in threads:
-            thread.join(20)
+            thread.join(LONG)
     assert len(acknowledged) > 5
 
 

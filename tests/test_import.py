@@ -11,7 +11,7 @@ import threading
 import pytest
 
 import inbound
-from conftest import DAY, NOON, eventually, mail_from
+from conftest import DAY, LONG, NOON, eventually, mail_from
 
 FROM = "From ada@customer.example Thu Jan  1 00:00:00 2026\n"
 
@@ -238,7 +238,7 @@ def test_a_terminal_sees_a_bar_and_a_pipe_none(desk, tmp_path, verb):
     assert done.returncode == 0 and "#" not in done.stdout
     assert re.fullmatch(r"(\[[# ]{40}\] +\d+%\r)+\n", shown)
     assert verb != "import" or re.search(r"\[#{38,40}\] +(9\d|100)%\r\n$", shown)
-    quiet = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    quiet = subprocess.run(command, capture_output=True, text=True, timeout=LONG)
     assert (quiet.returncode, quiet.stderr) == (0, "")
 
 
@@ -250,7 +250,7 @@ def test_where_no_terminal_is_a_line_tells_how_far_it_is_now_and_then(monkeypatc
         has_told.set()
         return 0.5
     with inbound.progress_bar(share):
-        assert has_told.wait(20)
+        assert has_told.wait(LONG)
     lines = capsys.readouterr().err.splitlines()
     assert {*lines} == {f"[{'#' * 20:40}]  50%"}
 
@@ -269,7 +269,7 @@ def test_an_import_that_is_interrupted_says_nothing_and_can_be_gone_on_with(desk
         writing.flush()         # and says nothing more: the last mail has no end
         eventually(lambda: desk.count("ticket") == 39)
         running.send_signal(2)
-        assert running.communicate(timeout=20)[1] == ""
+        assert running.communicate(timeout=LONG)[1] == ""
     assert running.returncode == 130 and desk.count("ticket") == 39
     assert "duplicate=39" in desk.run("import", str(whole))
     assert desk.count("ticket") == desk.count("message") == 40
