@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import sqlite3
@@ -413,14 +414,22 @@ class Served(File):
 
         OSError or HTTPException when the server is gone.
         """
+        with contextlib.closing(self.send(body, url, headers, timeout)) as connection:
+            response = connection.getresponse()
+            return response.status, response.headers, json.loads(response.read())
+
+    def send(self, body, url=URL, headers=None, timeout=LONG):
+        """The same, but wait for no answer: the connection."""
         if isinstance(body, dict):
             body = json.dumps(body)
         headers = {HEADER: SECRET} if headers is None else headers
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
-        with contextlib.closing(connection):
+        try:
             connection.request("POST", url, body, {"Content-Type": "application/json"} | headers)
-            response = connection.getresponse()
-            return response.status, response.headers, json.loads(response.read())
+        except OSError:
+            connection.close()
+            raise
+        return connection
 
     def log_text(self):
         return Path(f"{self.path}.log").read_text()
@@ -431,6 +440,11 @@ class Served(File):
             self.process.send_signal(signum)
         self.greeting += self.process.communicate(timeout=LONG)[0]
         return self.process.returncode
+
+
+def is_answered(connection):
+    """Whether an answer has begun to come; or the end."""
+    return bool(select.select([connection.sock], [], [], 0)[0])
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ from conftest import (
     Sink,
     at_least_once,
     eventually,
+    is_answered,
     mail_from,
     missing,
     need,
@@ -357,14 +358,13 @@ def test_who_comes_late_to_a_lock_waits_no_longer_than_who_came_first(file, serv
 def test_a_lock_stops_neither_the_probe_nor_the_401(file, serve):
     def are_answered_first():
         served = serve()        # one that has not seen the lock: it waits for none twice
-        with concurrent.futures.ThreadPoolExecutor() as pool, file.locked():
-            waits = pool.submit(served.post, mail_from("waits"))
+        with file.locked(), contextlib.closing(served.send(mail_from("waits"))) as waits:
             for ask, status in (("GET", 200), ("POST", 401)):
                 connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=LONG)
                 with contextlib.closing(connection):
                     connection.request(ask, URL, None, {HEADER: WRONG})
                     assert connection.getresponse().status == status
-            return not waits.done()
+            return not is_answered(waits)
 
     at_least_once(are_answered_first)
     assert stored(file).keys() <= {"<waits@customer.example>"}

@@ -17,7 +17,16 @@ from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
 
 import inbound
-from conftest import HEADER, LONG, SECRET, URL, at_least_once, eventually, mail_from
+from conftest import (
+    HEADER,
+    LONG,
+    SECRET,
+    URL,
+    at_least_once,
+    eventually,
+    is_answered,
+    mail_from,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -218,16 +227,11 @@ def test_another_thread_steps_in_where_the_one_is_away(serve):
     def are_answered_meanwhile():
         served = serve()        # one that has not seen the lock: it waits for none twice
         served.set_account(inbound_secret=SECRET)
-        with served.locked():
-            late = threading.Thread(target=served.post, args=[mail_from("late")])
-            late.start()
+        with served.locked(), contextlib.closing(served.send(mail_from("late"))) as late:
             # The lock is waited for, for two seconds; meanwhile others are answered.
             for _ in range(3):
                 assert served.post(b"{}", headers={HEADER: "w" * 32})[0] == 401
-            is_away = late.is_alive()
-        late.join(LONG)
-        assert not late.is_alive()
-        return is_away
+            return not is_answered(late)
 
     at_least_once(are_answered_meanwhile)
 
