@@ -355,7 +355,9 @@ def test_a_short_answer_does_not_wait_for_the_next_in_its_connection(serve):
                 client.sendall(b"HEAD /x HTTP/1.1\r\n\r\n" + post_of("ada"))
                 received = client.recv(65536)
             while received.count(b"HTTP/1.1") < 2:
-                received += client.recv(65536)
+                piece = client.recv(65536)
+                assert piece, received
+                received += piece
         first, second = re.findall(rb"HTTP/1.1 (\d+)", received)
         assert first == b"404"
         return second == b"200"
