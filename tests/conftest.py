@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import sqlite3
@@ -113,13 +114,24 @@ def processor_seconds(pid=None):
     used.stop()
 
 
-def eventually(condition, timeout=20):
+LONG = 60       # seconds: what has not come by then never comes, however busy the machine is
+
+
+def eventually(condition, timeout=LONG):
     """Poll `condition` until it is true; return its value. For what another process does."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         assert time.monotonic() < deadline, "it never came true"
         threading.Event().wait(0.02)
     return value
+
+
+def at_least_once(attempt, tries=4):
+    """Assert that `attempt()` is true in one of some tries: a machine that stalls spoils a try.
+
+    For what has to come before something that takes seconds: where it does not, no try is true.
+    """
+    assert any(attempt() for _ in range(tries)), "it came too late, each time"
 
 
 @pytest.fixture
@@ -139,18 +151,18 @@ class File:
 
     def sql(self, query, *parameters):
         """All rows of `query`, each a tuple, on a connection of its own."""
-        with contextlib.closing(sqlite3.connect(self.path)) as connection:
+        with contextlib.closing(sqlite3.connect(self.path, LONG)) as connection:
             return connection.execute(query, parameters).fetchall()
 
     def records(self, query, *parameters):
         """The same, each a dict."""
-        with contextlib.closing(sqlite3.connect(self.path)) as connection:
+        with contextlib.closing(sqlite3.connect(self.path, LONG)) as connection:
             connection.row_factory = sqlite3.Row
             return [dict(row) for row in connection.execute(query, parameters)]
 
     def execute(self, statement, *parameters):
         """Change the database."""
-        with contextlib.closing(sqlite3.connect(self.path)) as connection, connection:
+        with contextlib.closing(sqlite3.connect(self.path, LONG)) as connection, connection:
             connection.execute(statement, parameters)
 
     def count(self, table):
@@ -169,7 +181,7 @@ class File:
     @contextlib.contextmanager
     def locked(self):
         """Another process' write transaction, as `sqlite3 inbound.db` with an open BEGIN is one."""
-        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as holder:
+        with contextlib.closing(sqlite3.connect(self.path, LONG, isolation_level=None)) as holder:
             holder.execute("BEGIN IMMEDIATE")
             yield holder
             if holder.in_transaction:
@@ -177,7 +189,7 @@ class File:
 
     def dump(self):
         """The whole content, as lines of SQL."""
-        with contextlib.closing(sqlite3.connect(self.path)) as connection:
+        with contextlib.closing(sqlite3.connect(self.path, LONG)) as connection:
             return list(connection.iterdump())
 
 
@@ -335,7 +347,7 @@ class Sink(Controller):
 
     def __init__(self):
         self.received, self.answers, self.arrived = [], {}, threading.Condition()
-        super().__init__(self, hostname="127.0.0.1", port=0)
+        super().__init__(self, hostname="127.0.0.1", port=0, ready_timeout=LONG)
 
     async def handle_RCPT(self, server, session, envelope, address, options):
         envelope.rcpt_tos.append(address)
@@ -354,7 +366,7 @@ class Sink(Controller):
         self.port = self.server.sockets[0].getsockname()[1]
         super()._trigger_server()
 
-    def wait(self, count, timeout=20):
+    def wait(self, count, timeout=LONG):
         """Block until `count` mails have been accepted; return them."""
         with self.arrived:
             has_come = self.arrived.wait_for(lambda: len(self.received) >= count, timeout)
@@ -397,19 +409,27 @@ class Served(File):
             self.greeting += line
         self.port = int(found[1])
 
-    def post(self, body, *, url=URL, headers=None, timeout=20):
+    def post(self, body, *, url=URL, headers=None, timeout=LONG):
         """POST over a socket of its own: (status, headers, object). The body: a dict, or bytes.
 
         OSError or HTTPException when the server is gone.
         """
+        with contextlib.closing(self.send(body, url, headers, timeout)) as connection:
+            response = connection.getresponse()
+            return response.status, response.headers, json.loads(response.read())
+
+    def send(self, body, url=URL, headers=None, timeout=LONG):
+        """The same, but wait for no answer: the connection."""
         if isinstance(body, dict):
             body = json.dumps(body)
         headers = {HEADER: SECRET} if headers is None else headers
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
-        with contextlib.closing(connection):
+        try:
             connection.request("POST", url, body, {"Content-Type": "application/json"} | headers)
-            response = connection.getresponse()
-            return response.status, response.headers, json.loads(response.read())
+        except OSError:
+            connection.close()
+            raise
+        return connection
 
     def log_text(self):
         return Path(f"{self.path}.log").read_text()
@@ -418,8 +438,13 @@ class Served(File):
         """Send `signum`, wait for the end, return the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signum)
-        self.greeting += self.process.communicate(timeout=20)[0]
+        self.greeting += self.process.communicate(timeout=LONG)[0]
         return self.process.returncode
+
+
+def is_answered(connection):
+    """Whether an answer has begun to come; or the end."""
+    return bool(select.select([connection.sock], [], [], 0)[0])
 
 
 @pytest.fixture

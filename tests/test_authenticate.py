@@ -22,7 +22,7 @@ import pytest
 import webtest
 
 import inbound
-from conftest import DAY, HEADER, SECRET, URL, WRONG
+from conftest import DAY, HEADER, LONG, SECRET, URL, WRONG
 
 OTHER = "another-secret-of-the-tests-9876"
 ODD = "p@ss w/rd:+&=%41 0123456789"
@@ -663,7 +663,7 @@ def test_the_log_holds_neither_subject_nor_text_of_the_mail(desk, caplog):
 
 def exchange(port, request, close=False):
     """Send bytes to the server, return all that it answers until it closes."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=LONG) as connection:
         connection.sendall(request)
         if close:
             connection.shutdown(socket.SHUT_WR)

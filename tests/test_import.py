@@ -1,5 +1,6 @@
 """`import`: an mbox or a Maildir comes in as if posted, of its own dates; nobody is told."""
 
+import contextlib
 import json
 import os
 import pty
@@ -11,7 +12,7 @@ import threading
 import pytest
 
 import inbound
-from conftest import DAY, NOON, eventually, mail_from
+from conftest import DAY, LONG, NOON, eventually, mail_from
 
 FROM = "From ada@customer.example Thu Jan  1 00:00:00 2026\n"
 
@@ -224,6 +225,23 @@ def test_our_own_mails_in_it_find_their_ticket_and_are_answered_by_nobody(desk, 
 
 # Progress -----------------------------------------------------------------------------------------
 
+def on_a_terminal(command):
+    """Run it with a terminal for its errors: (exit code, its output, what the terminal showed).
+
+    A terminal that nobody reads holds 4 KB; then who writes to it waits.
+    """
+    master, terminal = pty.openpty()
+    with open(master, "rb", 0) as screen, subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=terminal, text=True) as running:
+        os.close(terminal)
+        shown = b""
+        with contextlib.suppress(OSError):      # EIO is the end: Linux, nobody has it open
+            while piece := screen.read(4096):
+                shown += piece
+        printed = running.communicate(timeout=LONG)[0]
+    return running.returncode, printed, shown.decode()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["import", "backup"])
 def test_a_terminal_sees_a_bar_and_a_pipe_none(desk, tmp_path, verb):
@@ -231,15 +249,11 @@ def test_a_terminal_sees_a_bar_and_a_pipe_none(desk, tmp_path, verb):
     (tmp_path / "mbox").write_bytes(mbox_of(*mails))
     argument = str(tmp_path / ("mbox" if verb == "import" else "copy.db"))
     command = [sys.executable, inbound.__file__, "--db", str(desk.path), verb, argument]
-    master, terminal = pty.openpty()
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal, text=True)
-    os.close(terminal)
-    shown = os.read(master, 9999).decode()
-    os.close(master)
-    assert done.returncode == 0 and "#" not in done.stdout
+    code, printed, shown = on_a_terminal(command)
+    assert code == 0 and "#" not in printed
     assert re.fullmatch(r"(\[[# ]{40}\] +\d+%\r)+\n", shown)
     assert verb != "import" or re.search(r"\[#{38,40}\] +(9\d|100)%\r\n$", shown)
-    quiet = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    quiet = subprocess.run(command, capture_output=True, text=True, timeout=LONG)
     assert (quiet.returncode, quiet.stderr) == (0, "")
 
 
@@ -251,7 +265,7 @@ def test_where_no_terminal_is_a_line_tells_how_far_it_is_now_and_then(monkeypatc
         has_told.set()
         return 0.5
     with inbound.progress_bar(share):
-        assert has_told.wait(20)
+        assert has_told.wait(LONG)
     lines = capsys.readouterr().err.splitlines()
     assert {*lines} == {f"[{'#' * 20:40}]  50%"}
 
@@ -270,7 +284,7 @@ def test_an_import_that_is_interrupted_says_nothing_and_can_be_gone_on_with(desk
         writing.flush()         # and says nothing more: the last mail has no end
         eventually(lambda: desk.count("ticket") == 39)
         running.send_signal(2)
-        assert running.communicate(timeout=20)[1] == ""
+        assert running.communicate(timeout=LONG)[1] == ""
     assert running.returncode == 130 and desk.count("ticket") == 39
     assert "duplicate=39" in desk.run("import", str(whole))
     assert desk.count("ticket") == desk.count("message") == 40

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))   # as a script, pytest's 
 from doors import DOORS, deliver
 
 import inbound
-from conftest import NOON, SECRET, URL, Served, Sink, eventually
+from conftest import LONG, NOON, SECRET, URL, Served, Sink, eventually
 
 ONE, TWO, THEM = "support@one.example", "support@two.example", "office@them.example"
 MARKS = ("Auto-Submitted", "X-Auto-Response-Suppress", "Precedence", "Return-Path")
@@ -114,7 +114,7 @@ class World(Sink):
     def close(self):
         self.stop()
         self.waiting.put(None)
-        self.carrier.join(20)
+        self.carrier.join(LONG)
 
 
 class Copy:
@@ -128,7 +128,7 @@ class Copy:
 
     def post(self, content):
         """POST a raw mail; return the answer's object."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.served.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.served.port, timeout=LONG)
         with contextlib.closing(connection):
             connection.request("POST", URL, content, {
                 "X-Mobieus-Inbound-Secret": SECRET, "Content-Type": "message/rfc822"})
@@ -141,7 +141,7 @@ class Copy:
         """Run the command line in a process of its own; return what it printed."""
         command = [sys.executable, inbound.__file__, "--db", str(self.served.path), *argv]
         return subprocess.run(command, input=stdin, check=True, capture_output=True, text=True,
-                              timeout=60).stdout
+                              timeout=LONG).stdout
 
     def reply(self, reference):
         """An agent answers; what waits is sent at once, not at the courier's next look."""
@@ -149,7 +149,7 @@ class Copy:
         self.run("outbox", "send")
 
     def execute(self, statement, *parameters):
-        with contextlib.closing(sqlite3.connect(self.served.path, timeout=20)) as db, db:
+        with contextlib.closing(sqlite3.connect(self.served.path, timeout=LONG)) as db, db:
             return db.execute(statement, parameters).fetchall()
 
     def mail_to_go(self):

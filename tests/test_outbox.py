@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import inbound
-from conftest import DAY, NOON, Sink, eventually, need, started
+from conftest import DAY, LONG, NOON, Sink, eventually, need, started
 
 # What the tests share -----------------------------------------------------------------------------
 
@@ -61,7 +61,7 @@ class Relay:
                 self.spawn(self.converse, connection)
 
     def converse(self, connection):
-        connection.settimeout(20)
+        connection.settimeout(LONG)
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             stack.callback(lambda: connection.close())
             if self.is_tls:
@@ -124,6 +124,10 @@ def hangs(relay, connection):
         relay.is_weary.set()
 
 
+def hangs_on(relay, connection):
+    relay.is_over.wait(LONG)
+
+
 @pytest.fixture
 def relay():
     """Start a Relay: relay(MAIL="451 later", …)."""
@@ -137,7 +141,7 @@ def relay():
     for server in running:
         server.stop()
         for thread in server.threads:
-            thread.join(20)
+            thread.join(LONG)
 
 
 @pytest.fixture
@@ -480,7 +484,7 @@ def test_retry_of_a_mail_that_is_just_being_sent_does_not_send_it_twice(desk, re
 
     def waits(server, connection):
         held.set()
-        gate.wait(20)
+        gate.wait(LONG)
         return "250 ok"
 
     server = relay(BODY=waits)
@@ -488,11 +492,11 @@ def test_retry_of_a_mail_that_is_just_being_sent_does_not_send_it_twice(desk, re
     confirmed(desk)
     sender = threading.Thread(target=inbound.send_due, args=(desk.store,))
     sender.start()
-    assert held.wait(20)
+    assert held.wait(LONG)
     argv = ["--db", str(desk.path), "outbox", "retry", str(outbox(desk)[0]["id"])]
     inbound.main(argv, clock=desk.clock)        # refused or not
     gate.set()
-    sender.join(20)
+    sender.join(LONG)
     assert send(desk)["state"] == "sent"
     assert len(server.bodies) == 1
 
@@ -516,7 +520,7 @@ def test_two_senders_never_send_the_same_mail(desk, relay):
 
     def both(server, connection):       # each holds a mail while the other looks for one
         with contextlib.suppress(threading.BrokenBarrierError):
-            arrived.wait(1)
+            arrived.wait(20)        # the two pair off: 12 mails are 6 pairs
         return "250 ok"
 
     server = relay(BODY=both)
@@ -531,7 +535,7 @@ def test_two_senders_never_send_the_same_mail(desk, relay):
         for sender in senders:
             sender.start()
         for sender in senders:
-            sender.join(30)
+            sender.join(LONG)
     assert states(desk) == ["sent"] * 12 and server.connections == 2
     assert sorted(server.bodies) == sorted(row["content"] for row in outbox(desk))
     assert {row["attempts"] for row in outbox(desk)} == {1}
@@ -580,7 +584,7 @@ class Deadly(Sink):
         answer = await super().handle_DATA(server, session, envelope)
         if self.victim:
             self.victim.process.send_signal(signal.SIGKILL)
-            self.victim.process.wait(10)
+            self.victim.process.wait(LONG)
             self.victim = None
         return answer
 
@@ -605,7 +609,8 @@ def test_a_crash_before_the_commit_repeats_the_mail_byte_for_byte(desk, clock, s
 
 
 def test_a_database_locked_after_the_250_is_waited_for_and_the_mail_not_repeated(
-        desk, relay, impatient):
+        desk, relay, monkeypatch):
+    monkeypatch.setattr(inbound, "BUSY_TIMEOUT", 0.1)
     holder = sqlite3.connect(desk.path, isolation_level=None, check_same_thread=False)
     release = threading.Timer(0.3, lambda: holder.execute("ROLLBACK"))
 
@@ -632,19 +637,19 @@ def test_the_courier_sends_within_seconds_of_a_post_or_of_anothers_reply(desk, s
     reference = served.post(desk.mail())[2]["ticket"]
     sink.wait(1)
     desk.run("reply", reference, stdin="We are on our way.")       # another process, for the server
-    assert b"We are on our way." in sink.wait(2, timeout=5 * 5)[1].content   # it looks every 5 s
+    assert b"We are on our way." in sink.wait(2)[1].content   # it looks every 5 s
     eventually(lambda: states(desk) == ["sent", "sent"])
 
 
 def test_a_relay_that_hangs_never_slows_a_post(desk, serve, relay):
-    server = relay(CONNECT=hangs)       # for 6 s; a post that is in nobody's way takes milliseconds
+    server = relay(CONNECT=hangs_on)
     desk.send_to(server.port)
     served = serve()
     assert served.post(desk.mail())[0] == 200
     eventually(lambda: server.connections)      # from here on the courier hangs
     for number in range(5):
         mail = desk.mail(message_id=f"<{number}@customer.example>", text=f"{number}")
-        assert served.post(mail, timeout=4)[0] == 200
+        assert served.post(mail, timeout=inbound.DELIVERY / 2)[0] == 200
     server.stop()
 
 

@@ -339,9 +339,10 @@ def test_each_answer_has_its_exit_code(pipe, scripted, code, answer):
 
 
 def test_a_refused_connection_is_for_later(pipe):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    assert "refused" in pipe(f"http://127.0.0.1:{port}{URL}", code=LATER)
+    with socket.socket() as bound:      # nobody listens there, and nobody else can
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        assert "refused" in pipe(f"http://127.0.0.1:{port}{URL}", code=LATER)
 
 
 @pytest.mark.parametrize("url, code", [

@@ -533,7 +533,8 @@ def test_a_step_that_fails_leaves_the_old_version_and_can_be_tried_again(desk, m
     migrated(desk)
 
 
-def test_two_processes_may_make_one_file_at_the_same_time(tmp_path):
+def test_two_processes_may_make_one_file_at_the_same_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(inbound, "BUSY_TIMEOUT", 20)    # to make it takes some syncs
     stores = [inbound.Store(str(tmp_path / "new.db")) for _ in range(4)]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         outcomes = [*pool.map(lambda store: store.open(), stores)]

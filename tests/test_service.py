@@ -18,7 +18,7 @@ import time
 import pytest
 
 import inbound
-from conftest import HEADER, SECRET, URL, WRONG, File, eventually, mail_from
+from conftest import HEADER, LONG, SECRET, URL, WRONG, File, eventually, mail_from
 
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ "
 
@@ -28,7 +28,7 @@ class Unit:
 
     def __init__(self, folder, *argv, address="\0inbound-tests-", env=None):
         self.systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.systemd.settimeout(20)
+        self.systemd.settimeout(LONG)
         self.systemd.bind(address + str(os.getpid()) if address[0] == "\0" else address)
         self.log = folder / "log"
         name = self.systemd.getsockname()
@@ -50,7 +50,7 @@ class Unit:
         """End it; return what it printed."""
         with contextlib.closing(self.systemd):
             self.process.send_signal(signal.SIGTERM)
-            return self.process.communicate(timeout=20)[0]
+            return self.process.communicate(timeout=LONG)[0]
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def start(tmp_path):
 
 def over(path, method="GET", url="/healthz", *more):
     """A request to a unix socket: (status, object)."""
-    connection = http.client.HTTPConnection("localhost", timeout=20)
+    connection = http.client.HTTPConnection("localhost", timeout=LONG)
     connection.sock = socket.socket(socket.AF_UNIX)
     with contextlib.closing(connection):
         connection.sock.connect(str(path))
@@ -81,7 +81,7 @@ def over(path, method="GET", url="/healthz", *more):
 def serve_fails(folder, *argv):
     """Assert that `serve` ends with one line of words; return them."""
     done = subprocess.run([sys.executable, inbound.__file__, "serve", *argv], cwd=folder,
-                          capture_output=True, text=True, timeout=20)
+                          capture_output=True, text=True, timeout=LONG)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done
     [words] = re.findall("^inbound: (.+)\n$", done.stderr)
     return words
@@ -106,7 +106,7 @@ def test_the_curl_that_is_printed_reaches_a_socket_too(start, tmp_path):
     while "-d '" not in printed:
         printed += unit.process.stdout.readline()
     done = subprocess.run(shlex.split("curl " + printed.partition("curl ")[2]),
-                          capture_output=True, text=True, timeout=20)
+                          capture_output=True, text=True, timeout=LONG)
     assert json.loads(done.stdout)["status"] == "created", done
     unit.stop()
     again = start("--listen", "unix:short.sock")
@@ -230,7 +230,7 @@ def test_another_server_gets_the_same_lines(file, tmp_path):
         server.server_close()
         """
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=20,
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=LONG,
         env={**os.environ, "INBOUND_DB": str(file.path), "INBOUND_TRUSTED_PROXY": "127.0.0.1"})
     lines = [line for line in done.stderr.splitlines() if re.match(TIME, line)]
     assert re.fullmatch(f"{TIME}start: inbound .*", lines[0])

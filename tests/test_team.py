@@ -235,7 +235,7 @@ def test_a_stranger_s_words_are_text_and_nothing_else(team, words):
 
 
 @settings(max_examples=60, deadline=None, derandomize=True,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])
+          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(words=st.text(max_size=300), name=st.text(max_size=80))
 def test_no_words_cost_a_notice_or_the_message(team, words, name):
     team.execute("DELETE FROM outbox")
