@@ -4256,8 +4256,10 @@ def checks_of(store: Store) -> Iterator[Check]:
                f"others may read everybody's mail: chmod 600 {file}")
     for name, paths in store.own_providers():
         is_sound = {"from", "message_id"} <= paths.keys() <= CANONICAL.keys()
-        yield (f"provider {name}", is_sound,
-               "expected paths of from, message_id, and fields of a mail")
+        is_asked = {*map(paths.get, ("from", "message_id"))} != {"from", "message_id"}
+        yield (f"provider {name}", is_sound and is_asked,
+               "expected paths of from, message_id (by other names than the canonical "
+               "body's, one of them at least), and fields of a mail")
     for row in store.rows("""SELECT * FROM refused_caller WHERE last_at > ?
             ORDER BY posts DESC LIMIT 5""", [store.now() - REFUSALS_SHOWN]):
         why = f"{row['posts']} posts with a wrong secret: if it is yours, give it the right"

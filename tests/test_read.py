@@ -1839,7 +1839,9 @@ def test_a_senseless_row_costs_no_mail_neither_ours_nor_theirs(desk, fields):
     assert desk.count("rejected") == 0
 
 
-@pytest.mark.parametrize("fields", [{"from": 17, "message_id": "mid"}, {"x": "y"}, {}])
+@pytest.mark.parametrize("fields", [
+    {"from": 17, "message_id": "mid"}, {"x": "y"}, {},
+    {"from": "from", "message_id": "message_id", "text": "body"}])      # never asked: canonical
 def test_the_doctor_names_a_row_that_makes_no_sense(desk, fields):
     describe(desk, fields, "Senseless")
     assert "FAIL provider Senseless" in desk.run("doctor", status=1)
