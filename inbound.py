@@ -644,6 +644,7 @@ HEADER_START = re.compile(rb"From |[!-9;-~]+:(?:[ \t]|\r?\n[ \t])")
 STRICT_JSON = json.JSONDecoder(parse_constant=int)      # int("NaN") raises
 JSON_MARK = re.compile(r'\\.|["\[\]{},]', re.S)
 PLACE = re.compile("0|[1-9][0-9]{0,8}")
+EMOJI = re.compile(rb"\xf0[\x80-\xbf]{3}")       # begins with a byte, not a set: found in C
 CLOSERS = {"[": "]", "{": "}", '"': '"'}
 
 
@@ -780,7 +781,7 @@ def parse_json(body: bytes) -> Fields:
     We do not give json.loads the bytes: it guesses UTF-16 and lets lone surrogates through.
     """
     try:
-        text = body.decode("utf-8-sig")
+        text = narrowed(body).decode("utf-8-sig")
         within = within_json_budget(text)
         value = STRICT_JSON.decode(within)
     except (ValueError, RecursionError) as error:       # UnicodeDecodeError is the former
@@ -792,6 +793,13 @@ def parse_json(body: bytes) -> Fields:
     fields.is_object = is_object
     fields.cut = "" if within is text else f"more than {MAX_VALUES} values in the JSON"
     return fields
+
+
+def narrowed(body: bytes) -> bytes:
+    """A large JSON text, its emojis escaped if few: one makes four bytes of each other."""
+    if len(body) < HEAVY or body.count(b"\xf0") > 10_000:
+        return body
+    return EMOJI.sub(lambda found: json.dumps(found[0].decode())[1:-1].encode(), body)
 
 
 def within_json_budget(text: str) -> str:
@@ -1399,7 +1407,7 @@ def normalise(mail: Mail, is_strict: bool) -> Message:
         cut, filename, kind, content = mail["whole"]
         attachments.append(Attachment(filename, kind, "", content))
         notes.append(f"{cut}: the whole of it is attached as {filename}")
-    if not text.strip():
+    if not text or text.isspace():
         text = html_to_text(markup)
         if len(markup) > MAX_HTML:
             notes.append(f"the text is made of at most {MAX_HTML} characters of the HTML")

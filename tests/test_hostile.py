@@ -252,8 +252,10 @@ def test_a_list_of_numbers_costs_a_few_times_its_size(desk, body):
     assert peak < 12 * len(body)
 
 
-@pytest.mark.parametrize(("kind", "made", "filed"), [("application/json", 3, 1), (RAW, 2, 1)])
-def test_an_attachment_is_held_in_few_copies(desk, monkeypatch, kind, made, filed):
+@pytest.mark.parametrize(("kind", "words", "made", "filed"), [
+    ("application/json", "It burns.", 3, 1), ("application/json", "It burns \U0001f525", 3, 1),
+    (RAW, "", 2, 1)])
+def test_an_attachment_is_held_in_few_copies(desk, monkeypatch, kind, words, made, filed):
     """Over its base64: at most, without the body, and while it is filed. At two sizes: a slope."""
     account, held, file_post = desk.store.accounts()[0], [], inbound.file_post
 
@@ -267,11 +269,14 @@ def test_an_attachment_is_held_in_few_copies(desk, monkeypatch, kind, made, file
         content = base64.b64encode(bytes(size)).decode()
         body = raw("Content-Transfer-Encoding: base64", "Content-Type: image/png", text=content)
         if kind != RAW:
-            body = json.dumps(desk.mail(attachments=[{"content": content}])).encode()
+            mail = desk.mail(text=words, attachments=[{"content": content}])
+            body = json.dumps(mail, ensure_ascii=False).encode()
         tracemalloc.start()
         steps = inbound.receive(desk.store, inbound.Post(account, [], kind, body))
         assert inbound.Progress(steps).finish(desk.store)[1]["status"] == "created"
         tracemalloc.stop()
+        assert desk.sql("""SELECT text, length(content) FROM message JOIN attachment
+            ON message.id = attachment.message""") == [(words, size)]
         desk.forget_all()
     grown = (sizes[1] - sizes[0]) * 4 / 3
     (now, peak), (now_of_more, peak_of_more) = held
