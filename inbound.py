@@ -4303,10 +4303,13 @@ def backup(store: Store, file: str) -> Any:
 
     Write a whole copy of the live database to FILE: mode 0600, verified, then renamed.
     """
-    part = Path(file + ".part")
+    target, ours = os.path.realpath(file), os.path.realpath(store.path)
+    part = Path(target + ".part")
     try:
-        if os.path.realpath(file) == os.path.realpath(store.path):
-            raise OSError("that is the database itself")
+        # Nor does it take the place of /dev/null or of what /dev/stdout stands for.
+        if target in (ours, ours + "-wal", ours + "-shm") or (
+                os.path.exists(target) and not os.path.isfile(target)):
+            raise OSError(f"{file!r} is the database itself, or no file")
         os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600))
         [size] = store.rows("""SELECT (page_count - freelist_count) * page_size AS bytes
             FROM pragma_page_count, pragma_freelist_count, pragma_page_size""")
@@ -4319,7 +4322,7 @@ def backup(store: Store, file: str) -> Any:
             raise OSError(f"the copy is not whole: {words}")
         with open(part, "rb") as written:
             os.fsync(written.fileno())
-        os.replace(part, file)
+        os.replace(part, target)
     except (OSError, sqlite3.Error) as error:
         raise Refused(503, f"no backup was made: {error}")
     finally:

@@ -220,8 +220,11 @@ def test_a_newer_backup_takes_the_place_of_the_older(ready, folder):
         assert db.execute("SELECT count(*) FROM ticket").fetchone() == (1,)
 
 
-@pytest.mark.parametrize("target", ["inbound.db", "no-such-folder/copy.db"])
+@pytest.mark.parametrize("target", [
+    "inbound.db", "inbound.db-wal", "no-such-folder/copy.db", "pipe", "folder"])
 def test_a_backup_that_cannot_be_made_says_so_and_leaves_nothing(ready, folder, target):
+    (folder / "folder").mkdir()
+    os.mkfifo(folder / "pipe")      # as /dev/stdout may be one, and /dev/null is no file either
     before = ready.path.read_bytes(), sorted(folder.iterdir())
     out = ready.run("backup", str(folder / target), status=1)
     assert out.startswith("inbound: ") and out.count("\n") == 1
