@@ -4310,7 +4310,8 @@ def backup(store: Store, file: str) -> Any:
         if target in (ours, ours + "-wal", ours + "-shm") or (
                 os.path.exists(target) and not os.path.isfile(target)):
             raise OSError(f"{file!r} is the database itself, or no file")
-        os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600))
+        part.unlink(missing_ok=True)    # another's, who could read it, or of one that died
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         [size] = store.rows("""SELECT (page_count - freelist_count) * page_size AS bytes
             FROM pragma_page_count, pragma_freelist_count, pragma_page_size""")
         with progress_bar(lambda: part.stat().st_size / size["bytes"]):
