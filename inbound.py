@@ -2881,6 +2881,8 @@ def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, s
     known = known[:1] + known[1:][-9:]
     # `=?` is broken up: mail programs would decode what stands behind it.
     name = one_line(name or account["display_name"] or "").replace("=?", "= ?")
+    if len(name.encode()) > 300:        # encoded or quoted it has to fit a line
+        name = ""
     subject = subject.replace("=?", "= ?")
     ours = account["address"]
     mail = email.message.EmailMessage(Verbatim())

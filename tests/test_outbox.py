@@ -872,7 +872,8 @@ def test_from_is_the_accounts_address_alone_whatever_its_name(desk, display_name
 
 
 @pytest.mark.parametrize("display_name", [
-    "Desk\r\nBcc: b@evil.example", "=?utf-8?q?Desk=0d=0aBcc:_b@evil.example?=", "Desk\x00", "\x85"])
+    "Desk\r\nBcc: b@evil.example", "=?utf-8?q?Desk=0d=0aBcc:_b@evil.example?=", "Desk\x00", "\x85",
+    "Desk" * 250, "\u6f22" * 250, '"' * 400])
 def test_a_display_name_that_would_break_the_header_costs_no_mail(desk, display_name):
     desk.execute("UPDATE email_account SET display_name = ?", display_name)
     answer = desk.post(desk.mail())
