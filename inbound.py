@@ -3787,6 +3787,8 @@ def update_account(db: DB, now: int, values: Row) -> None:
         if mailbox_key(deliverable(each)) not in staff:
             raise Refused(400, f"nobody can be told at {each!r}: expected an address that "
                                "we can write to, and none that is our own")
+    if "@" not in (values.get("confirmation_envelope_from") or "@"):
+        raise Refused(400, "confirmation_envelope_from is an address, or empty for <>")
     if "queue" in values:       # a name that is new makes a queue
         values = values | db.execute("""INSERT INTO queue (name) VALUES (?)
             ON CONFLICT (name) DO UPDATE SET is_default = is_default RETURNING id AS queue
