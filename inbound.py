@@ -4102,7 +4102,7 @@ def rejected_show(store: Store, identifier: str) -> Any:
     return row | {"body": decode(row["body"], None), "size": len(row["body"])}
 
 
-def rejected_row(store: Store, identifier: str) -> Row:
+def rejected_row(store: Store, identifier: str | int) -> Row:
     return one_of(store.rows("SELECT * FROM rejected WHERE id = ?", [identifier]),
                   f"rejected post {identifier!r}: see `inbound rejected`")
 
@@ -4112,23 +4112,24 @@ def rejected_replay(store: Store, identifier: str = "") -> Any:
 
     Post kept bodies again, from inside; drop a row once all of it is stored.
     """
-    identifiers = [identifier] if identifier else [
-        row["id"] for row in store.rows("SELECT id FROM rejected ORDER BY id")]
-    return [replay(store, each) for each in identifiers] or ([], "nothing was rejected")
+    rows = store.rows("SELECT id FROM rejected ORDER BY id")
+    if identifier:
+        rows = [rejected_row(store, identifier)]
+    return [replay(store, row["id"]) for row in rows] or ([], "nothing was rejected")
 
 
-def replay(store: Store, identifier: str) -> Row:
-    row = rejected_row(store, identifier)
-    post = post_from_inside(store, row["email_account"], row["content_type"], row["body"],
-                            row["received_at"])
+def replay(store: Store, identifier: int) -> Row:
     try:
+        row = rejected_row(store, identifier)       # or it was replayed or deleted just now
+        post = post_from_inside(store, row["email_account"], row["content_type"],
+                                row["body"], row["received_at"])
         _, answer = Progress(receive(store, post)).finish(store)
+        outcomes = {item["status"] for item in answer.get("messages", [answer])}
+        if outcomes <= {"created", "appended", "duplicate"}:
+            store.write(run_one, "DELETE FROM rejected WHERE id = ?", [identifier])
     except Refused as refusal:
         answer = {"status": "refused", "reason": refusal.reason}
-    outcomes = {item["status"] for item in answer.get("messages", [answer])}
-    if outcomes <= {"created", "appended", "duplicate"}:
-        rejected_delete(store, row["id"])
-    return {"id": row["id"], **answer}
+    return {"id": identifier, **answer}
 
 
 def post_from_inside(store: Store, account: int | None, content_type: str,

@@ -721,6 +721,26 @@ def test_rejected_replay_never_changes_when_a_post_was_received(desk, monkeypatc
     assert desk.show(result["ticket"])["messages"][0]["received_at"] == noon
 
 
+@pytest.mark.parametrize("meanwhile", ["before", "after"])
+def test_rejected_replay_goes_on_when_a_row_vanishes_meanwhile(filled, monkeypatch, meanwhile):
+    for number in range(3):
+        filled.post({"absender": "ada@customer.example", "mid": f"<{number}@x>"}, status=422)
+    filled.execute("INSERT INTO provider VALUES ('Ours', ?)",
+                   '{"from": "absender", "message_id": "mid"}')
+    receive, done = inbound.receive, []
+
+    def racing(*args):
+        done.append(args)
+        if len(done) == 2:          # the second row is in work, the third is to come
+            filled.execute("DELETE FROM rejected WHERE id = ?", 4 if meanwhile == "before" else 2)
+        return receive(*args)
+
+    monkeypatch.setattr(inbound, "receive", racing)
+    found = {row["id"]: row["status"] for row in printed(filled, "rejected", "replay")}
+    assert found == {1: "refused", 2: "created", 3: "created",
+                     4: "refused" if meanwhile == "before" else "created"}
+
+
 def test_rejected_replay_reads_a_post_by_the_content_type_that_it_came_with_last(desk):
     desk.post({"absender": "ada@customer.example", "mid": "<1@x>"}, "text/html", status=415)
     desk.post({"absender": "ada@customer.example", "mid": "<1@x>"}, status=422)
