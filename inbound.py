@@ -100,6 +100,8 @@ log = logging.getLogger("inbound")
 # -----------------------------------------------------------------------------------------
 # Limits: each with its unit, what happens past it, and where the number comes from.
 
+if not os.environ.get("INBOUND_MAX_BODY", "1").isdecimal():
+    sys.exit("inbound: $INBOUND_MAX_BODY is a number of bytes, like 75497472")
 MAX_BODY = int(os.environ.get("INBOUND_MAX_BODY", 72 * 2**20))  # bytes; 413. 50 MB, base64
 HEAVY = 2**20               # bytes; larger posts are understood one at a time …
 HEAVY_WAIT = 4              # … and wait so many seconds, then 503; `serve` has a queue

@@ -809,6 +809,16 @@ def test_words_outside_ascii_are_printed_whatever_the_locale(desk):
         assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["72M", "", "-1"])
+def test_a_limit_that_is_no_number_of_bytes_is_one_line_and_exit_1(desk, size):
+    result = subprocess.run(
+        [sys.executable, inbound.__file__, "--db", str(desk.path), "tickets"],
+        capture_output=True, text=True, env={"INBOUND_MAX_BODY": size})
+    assert result.returncode == 1
+    assert re.fullmatch("inbound: .*INBOUND_MAX_BODY.*bytes.*\n", result.stderr)
+
+
 def test_account_set_that_is_refused_makes_no_queue(desk):
     desk.run("account", "set", "queue=New", "smtp_port=0", status=1)
     desk.run("account", "set", "queue=New", "staff=nobody", status=1)
