@@ -4387,6 +4387,10 @@ ALONE = {"secret": "show", "account": "show", "outbox": "list", "rejected": "lis
 
 def main(argv: list[str] | None = None, clock: Callable[[], float] = time.time) -> int:
     """Run one verb; return the exit code: 0, 1 for an error, 2 for wrong usage."""
+    # None: who started us had closed it.
+    sys.stdin = sys.stdin or os.fdopen(os.open(os.devnull, os.O_RDONLY))
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

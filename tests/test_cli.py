@@ -810,6 +810,17 @@ def test_words_outside_ascii_are_printed_whatever_the_locale(desk):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("line, status", [
+    ("tickets >&-", 0), ("backup {}.copy >&- 2>&-", 0), ("backup {}.copy 2>&-", 0),
+    ("attachment 1 >&-", 0), ("reply {ticket} <&-", 1), ("relay http://127.0.0.1:1/ <&-", 75)])
+def test_a_stream_that_is_closed_is_an_empty_one(filled, line, status):
+    line = line.format(shlex.quote(str(filled.path)), ticket=filled.reference)
+    command = shlex.join([sys.executable, inbound.__file__, "--db", str(filled.path)])
+    result = subprocess.run(["bash", "-c", f"{command} {line}"], capture_output=True, text=True)
+    assert (result.returncode, "Traceback" in result.stderr) == (status, False)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["72M", "", "-1"])
 def test_a_limit_that_is_no_number_of_bytes_is_one_line_and_exit_1(desk, size):
     result = subprocess.run(
