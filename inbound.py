@@ -4160,7 +4160,8 @@ def import_(store: Store, path: str, *, account: str = "") -> Any:
     again: run it once more to go on where it ended.
     """
     post = post_from_inside(store, chosen_account(store, account)["id"], IMPORTED)
-    files = [*Path(path).glob("cur/[!.]*"), *Path(path).glob("new/[!.]*")] or [Path(path)]
+    found = [*Path(path).glob("cur/[!.]*"), *Path(path).glob("new/[!.]*")]
+    files = [*filter(Path.is_file, found)] or [Path(path)]
     if files[0].is_dir():
         raise Refused(404, f"{path!r} is a folder without mails in `cur` and `new`")
     size = sum(file.stat().st_size for file in files) or 1

@@ -92,6 +92,8 @@ def test_a_maildir_and_one_mail_come_in_likewise(desk, tmp_path):
     (tmp_path / "box/new/0999.b").write_text(mail("bob"))
     (tmp_path / "box/new/1001.c").write_text("")
     (tmp_path / "box/cur/.hidden").write_text(mail("hidden"))
+    (tmp_path / "box/cur/0000.folder").mkdir()
+    (tmp_path / "box/cur/0000.gone").symlink_to("nowhere")
     (tmp_path / "box/tmp/1.half").write_text(mail("half"))
     (tmp_path / "one.eml").write_text(mail("eve").replace("\n", "\r\n"))
     assert "created=2\n" in desk.run("import", str(tmp_path / "box"))
