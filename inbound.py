@@ -4259,7 +4259,7 @@ def checks_of(store: Store) -> Iterator[Check]:
     yield ("clock", all(row["received_at"] <= store.now() + 60 for row in newest),
            "the newest message is of the future: set the clock")
     path = Path(store.path).resolve()
-    for file in sorted(path.parent.glob(path.name + "*")):
+    for file in sorted(filter(Path.is_file, path.parent.glob(path.name + "*"))):
         yield (f"mode of {file.name}", not file.stat().st_mode & 0o077,
                f"others may read everybody's mail: chmod 600 {file}")
     for name, paths in store.own_providers():

@@ -90,6 +90,7 @@ def test_what_to_do_names_the_account_that_it_is_to_be_done_to(ready, setting):
 def test_a_file_that_others_may_read_is_a_fail(ready, name):
     ready.post(ready.mail())
     file = ready.path.with_name(name)
+    ready.path.with_name("inbound.db.link").symlink_to("nowhere")
     file.touch()
     file.chmod(0o644)
     assert any(name in check and "chmod" in words for check, words in failed(ready).items())
