@@ -3431,6 +3431,7 @@ def create_server(store: Store, dispatcher: Dispatcher, listen: str) -> Any:
         channel_timeout=30, cleanup_interval=5, connection_limit=1000,
         # Of tiny requests many are read at once, and all wait: no more than its default.
         recv_bytes=2**13, max_request_header_size=16384,
+        inbuf_overflow=2**16,       # past it a body is on disk; any stranger sends one
         max_request_body_size=MAX_BODY + 1, clear_untrusted_proxy_headers=False)
     server.adj.send_bytes = 200     # over any header: an answer goes out whole
     dispatcher.poll = waitress.wasyncore.poll2
