@@ -4170,15 +4170,27 @@ def import_(store: Store, path: str, *, account: str = "") -> Any:
     counts = dict.fromkeys(outcomes, 0)
     done = 0
     with progress_bar(lambda: done / size):
-        for file in sorted(files, key=lambda file: file.name):      # begins with the time
-            for mail in filter(bytes.strip, mails_in(file)):
-                status = "too_large"
-                if len(mail) <= MAX_BODY:
-                    steps = receive(store, replace(post, body=mail))
-                    status = Progress(steps).finish(store)[1]["status"]
-                counts[status] += 1
-                done += len(mail)
+        for group in groups_of(files):
+            begun = [Progress(receive(store, replace(post, body=mail)))
+                     for mail in group if len(mail) <= MAX_BODY]
+            counts["too_large"] += len(group) - len(begun)
+            store.commit([progress.job for progress in begun if progress.job])
+            for progress in begun:
+                counts[progress.finish(store)[1]["status"]] += 1
+            done += sum(map(len, group))
     return counts
+
+
+def groups_of(files: list[Path]) -> Iterator[list[bytes]]:
+    """The mails of all files, as many as share a commit: each takes pages of the -wal."""
+    group: list[bytes] = []
+    for file in sorted(files, key=lambda file: file.name):      # begins with the time
+        for mail in filter(bytes.strip, mails_in(file)):
+            group.append(mail)
+            if sum(map(len, group)) > GROUP:
+                yield group
+                group = []
+    yield group
 
 
 # With a time: some programs leave a `From ` in a text as it is.

@@ -119,6 +119,17 @@ def test_what_is_no_mailbox_is_refused_in_a_sentence(desk, tmp_path, make, words
     assert "there is no account" in desk.run("import", "x", "--account", "a@b", status=1)
 
 
+def test_mails_that_come_in_share_commits_or_the_wal_grows_five_times_as_large(
+        desk, bring_in, monkeypatch):
+    commits, commit = [], inbound.Store._commit
+    monkeypatch.setattr(inbound.Store, "_commit", lambda store: commits.append(commit(store)))
+    assert bring_in(mbox_of(*(mail(f"n{number}") for number in range(50)))) == {"created": 50}
+    assert len(commits) < 5
+    large = [mail(f"l{number}", text=inbound.GROUP * "x") for number in range(3)]
+    assert bring_in(mbox_of(*large)) == {"created": 3}
+    assert len(commits) > 3
+
+
 # How an mbox is taken apart -----------------------------------------------------------------------
 
 MBOXES = [      # content, the texts of its mails
@@ -260,7 +271,8 @@ def test_where_no_terminal_is_a_line_tells_how_far_it_is_now_and_then(monkeypatc
 
 @pytest.mark.slow
 def test_an_import_that_is_interrupted_says_nothing_and_can_be_gone_on_with(desk, tmp_path):
-    content = mbox_of(*(mail(f"a{number}") for number in range(40)))
+    half = inbound.GROUP // 2 * "x"
+    content = mbox_of(*(mail(f"a{number}", text=half) for number in range(5)))
     pipe, whole = tmp_path / "pipe", tmp_path / "mbox"
     whole.write_bytes(content)
     os.mkfifo(pipe)
@@ -270,9 +282,9 @@ def test_an_import_that_is_interrupted_says_nothing_and_can_be_gone_on_with(desk
           pipe.open("wb") as writing):
         writing.write(content)
         writing.flush()         # and says nothing more: the last mail has no end
-        eventually(lambda: desk.count("ticket") == 39)
+        eventually(lambda: desk.count("ticket") == 4)
         running.send_signal(2)
         assert running.communicate(timeout=20)[1] == ""
-    assert running.returncode == 130 and desk.count("ticket") == 39
-    assert "duplicate=39" in desk.run("import", str(whole))
-    assert desk.count("ticket") == desk.count("message") == 40
+    assert running.returncode == 130 and desk.count("ticket") == 4
+    assert "duplicate=4" in desk.run("import", str(whole))
+    assert desk.count("ticket") == desk.count("message") == 5
