@@ -3792,6 +3792,9 @@ def update_account(db: DB, now: int, values: Row) -> None:
                                "we can write to, and none that is our own")
     if "@" not in (values.get("confirmation_envelope_from") or "@"):
         raise Refused(400, "confirmation_envelope_from is an address, or empty for <>")
+    for name in ("smtp_username", "smtp_password"):
+        if not (values.get(name) or "").isascii():
+            raise Refused(400, f"{name} is ASCII: Python's smtplib sends nothing else")
     if "queue" in values:       # a name that is new makes a queue
         values = values | db.execute("""INSERT INTO queue (name) VALUES (?)
             ON CONFLICT (name) DO UPDATE SET is_default = is_default RETURNING id AS queue

@@ -356,6 +356,7 @@ FAILS = [
     ("account set confirmations_per_hour=-1", "confirmations_per_hour"),
     ("account set confirmation_envelope_from='a b'", "confirmation_envelope_from is an address"),
     ("account set confirmation_envelope_from=x", "confirmation_envelope_from is an address"),
+    ("account set smtp_password=pässwort", "smtp_password is ASCII"),
     ("account set trusted_forwarders=x", "trusted_forwarders are addresses"),
     ("--account nobody@x.example secret", "no account 'nobody@x.example'"),
     ("--account nobody@x.example tickets", "no account 'nobody@x.example'"),
