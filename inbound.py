@@ -3303,6 +3303,8 @@ class Relay:
         text = one_line(f"{code or ''} {decode(words, None)}")[:300]
         # RFC 5321 4.2.1: 5yz is permanent, 4yz may pass; 3.8: a 421 ends the session.
         if is_ready and code not in (0, 421):
+            if self.smtp.sock is None:      # it hung up after that
+                self.close()
             return "failed" if code >= 500 else "queued", text
         # A wrong password is not this mail's fault: it waits for the admin, or the network.
         self.close()

@@ -377,6 +377,16 @@ def test_a_failed_mail_does_not_hold_up_the_others(desk, relay):
     assert server.connections == 1
 
 
+def test_a_relay_that_hangs_up_after_a_5xx_costs_the_next_mail_no_try(desk, relay):
+    confirmed(desk)
+    confirmed(desk, "second")
+    desk.send_to(relay(RCPT="550 no such user", RSET=lambda *_: None).port)
+    for _look in range(2):
+        send(desk)
+    assert [(row["state"], row["attempts"], row["last_error"]) for row in outbox(desk)] == (
+        2 * [("failed", 1, "550 no such user")])
+
+
 def test_mail_is_given_up_after_24_hours_and_not_before(desk, clock, refusing):
     confirmed(desk)
     desk.send_to(refusing)
