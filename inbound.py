@@ -3430,7 +3430,9 @@ def create_server(store: Store, dispatcher: Dispatcher, listen: str) -> Any:
     import waitress  # the only verb that needs it
     server = waitress.create_server(
         make_app(store), map=dispatcher.sockets, _dispatcher=dispatcher, **place_of(listen),
-        channel_timeout=30, cleanup_interval=5, connection_limit=1000,
+        channel_timeout=30, cleanup_interval=5,
+        # Two descriptors each, with a body: waitress logs without end of who gets none.
+        connection_limit=min(1000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 3),
         # Of tiny requests many are read at once, and all wait: no more than its default.
         recv_bytes=2**13, max_request_header_size=16384,
         inbuf_overflow=2**16,       # past it a body is on disk; any stranger sends one
@@ -3454,8 +3456,9 @@ def keep_no_memory() -> None:
 def have_descriptors() -> None:
     """Raise the soft limit: 1,000 connections, the files of their bodies, the database."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError):       # over the hard one
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, DESCRIPTORS), hard))
+    most = min(hard, max(soft, DESCRIPTORS))
+    with contextlib.suppress(ValueError):       # where it is forbidden
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def place_of(listen: str) -> Row:

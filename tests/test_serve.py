@@ -161,6 +161,13 @@ def test_one_look_at_the_sockets_takes_little_of_each(desk, loop):
     assert len(channel.requests) < 2**9
 
 
+def test_no_more_connect_than_there_are_descriptors_for_with_their_bodies(desk, monkeypatch):
+    """waitress logs 6 MB a second of who cannot be accepted."""
+    monkeypatch.setattr(inbound.resource, "getrlimit", lambda _: (64, 64))
+    with contextlib.closing(Loop(desk)) as loop:
+        assert 2 < loop.server.adj.connection_limit < 25
+
+
 def test_what_strangers_send_on_all_connections_takes_little_memory(loop):
     most = loop.server.adj.inbuf_overflow + loop.server.adj.max_request_header_size
     assert loop.server.adj.connection_limit * most < 100 * 2**20
