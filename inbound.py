@@ -3972,14 +3972,14 @@ def reply(store: Store, reference: str, *, to: str = "") -> Any:
     if not text.strip():
         raise Refused(400, "the reply is empty: expected its text on standard input")
     account = store.accounts(ticket["email_account"])[0]
-    last = store.rows("""SELECT from_address FROM message WHERE ticket = ?
-        AND direction = 'in' ORDER BY id DESC LIMIT 1""", [ticket["id"]])[0]
+    last = store.rows("""SELECT from_address AS author FROM message WHERE ticket = ?
+        AND direction = 'in' ORDER BY id DESC LIMIT 1""", [ticket["id"]])
     draft = store.write(send_reply, account, ticket, to or ticket["requester"], text)
-    author, [recipient] = last["from_address"], draft.to
-    if mailbox_key(author) != mailbox_key(recipient):
-        print(f"inbound: {author} wrote last, this goes to {recipient}", file=sys.stderr)
-    return {"reference": ticket["reference"], "to": recipient,
-            "message_id": draft.message_id}
+    [to] = draft.to
+    for author in (row["author"] for row in last):      # none: it was erased
+        if mailbox_key(author) != mailbox_key(to):
+            print(f"inbound: {author} wrote last, this goes to {to}", file=sys.stderr)
+    return {"reference": ticket["reference"], "to": to, "message_id": draft.message_id}
 
 
 def close(store: Store, reference: str) -> Any:

@@ -567,6 +567,11 @@ def test_a_reply_warns_when_another_wrote_last(filled, capsys):
     assert "wrote last" not in said and mail_of(filled)["To"] == "mallory@evil.example"
 
 
+def test_a_reply_goes_out_where_the_mail_that_it_answers_was_deleted(filled):
+    filled.execute("DELETE FROM message WHERE direction = 'in'")
+    assert "to=ada@customer.example" in filled.run("reply", filled.reference, stdin="Hello")
+
+
 def test_a_reply_threads_and_goes_through_the_outbox(filled):
     shown = printed(filled, "reply", filled.reference, stdin="Which printer?\nGrüße\n")
     mail = mail_of(filled)
