@@ -3766,6 +3766,8 @@ def secret_set(store: Store, value: str, *, account: str = "") -> Any:
 
     Set the secret; the one before ends at once.
     """
+    if value != value.strip():
+        raise Refused(400, "a secret has no space at its ends: a header would lose it")
     change_account(store, account, {"inbound_secret": value, "previous_secret": None})
     return secret_show(store, account=account)
 

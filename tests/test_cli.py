@@ -336,6 +336,7 @@ FAILS = [
     ("rejected replay 99", "99"),
     ("rejected delete 99", "99"),
     ("secret set short", "16 or more printable"),
+    ("secret set ' 0123456789abcdef '", "no space"),
     ("secret set 'ümlaut-0123456789-0123'", "16 or more printable"),
     ("account add support@helpdesk.example", "address is another's already"),
     ("account add nonsense", "an address looks like"),
