@@ -4125,9 +4125,10 @@ def rejected_replay(store: Store, identifier: str = "") -> Any:
 
     Post kept bodies again, from inside; drop a row once all of it is stored.
     """
-    rows = store.rows("SELECT id FROM rejected ORDER BY id")
     if identifier:
         rows = [rejected_row(store, identifier)]
+    else:
+        rows = store.rows("SELECT id FROM rejected ORDER BY id")
     return [replay(store, row["id"]) for row in rows] or ([], "nothing was rejected")
 
 
