@@ -397,6 +397,7 @@ def respond(store: Store, environ: Row) -> Steps:
         return (yield from health(store))
     # As it was sent: `//api` and `/api%2F` are one path to servers, not to proxies' rules.
     sent = environ.get("REQUEST_URI") or environ.get("RAW_URI") or path
+    sent = re.sub("^(?i:https?)://[^/?]*", "", sent)    # RFC 9112 3.2.2: MUST be accepted
     is_plain = sent.partition("?")[0] == environ.get("SCRIPT_NAME", "") + path
     if path.removesuffix("/") != ENDPOINT or not is_plain:
         raise Refused(404, f"there is nothing here; mail is posted to {ENDPOINT}")
