@@ -3776,7 +3776,7 @@ def secret_set(store: Store, value: str, *, account: str = "") -> Any:
 def secret_rotate(store: Store, *, keep: str = "24h", account: str = "") -> Any:
     """inbound secret rotate [--keep 24h] [--account ADDRESS] [--json]
 
-    Make a new secret; the old one stays valid for --keep.
+    Make a new secret; the old one stays valid for --keep, the one before that ends.
     """
     unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(keep[-1:])
     if not unit or not re.fullmatch("[0-9]{1,6}", keep[:-1]):
