@@ -4237,8 +4237,9 @@ def progress_bar(share: Callable[[], float]) -> Iterator[None]:
         while not is_last:
             is_last = is_over.wait(0.1 if is_terminal else TELL)
             if is_terminal or not is_last:
-                bar = "#" * round(40 * share())
-                print(f"[{bar:40}] {share():4.0%}", file=sys.stderr, flush=True,
+                part = min(1, share())      # a pipe is larger than it says
+                bar = "#" * round(40 * part)
+                print(f"[{bar:40}] {part:4.0%}", file=sys.stderr, flush=True,
                       end="\r" if is_terminal and not is_last else "\n")
 
     thread = threading.Thread(target=show, daemon=True)

@@ -256,17 +256,20 @@ def test_a_terminal_sees_a_bar_and_a_pipe_none(desk, tmp_path, verb):
     assert (quiet.returncode, quiet.stderr) == (0, "")
 
 
-def test_where_no_terminal_is_a_line_tells_how_far_it_is_now_and_then(monkeypatch, capsys):
+@pytest.mark.parametrize("done, line", [
+    (0.5, f"[{'#' * 20:40}]  50%"), (2**10, f"[{'#' * 40}] 100%")])     # of a pipe: no size
+def test_where_no_terminal_is_a_line_tells_how_far_it_is_now_and_then(
+        monkeypatch, capsys, done, line):
     monkeypatch.setattr(inbound, "TELL", 0.001)
     has_told = threading.Event()
 
     def share():
         has_told.set()
-        return 0.5
+        return done
     with inbound.progress_bar(share):
         assert has_told.wait(20)
     lines = capsys.readouterr().err.splitlines()
-    assert {*lines} == {f"[{'#' * 20:40}]  50%"}
+    assert {*lines} == {line}
 
 
 @pytest.mark.slow
