@@ -3219,7 +3219,8 @@ def claim(db: DB, now: int, account: Row) -> Any:
     return db.execute("""UPDATE outbox
         SET state = 'sending', attempts = attempts + 1, next_attempt_at = :lease
         WHERE id = (SELECT id FROM outbox WHERE state = 'queued' AND email_account = :id
-            AND next_attempt_at <= :now AND :smtp_host IS NOT NULL
+            AND next_attempt_at <= :now
+            AND :smtp_host = (SELECT smtp_host FROM email_account WHERE id = :id)
             ORDER BY next_attempt_at, id LIMIT 1)
         RETURNING *, iif(purpose IN ('reply', 'answer'), :address,
             ifnull(:confirmation_envelope_from, '')) AS envelope_from""", values).fetchone()

@@ -196,6 +196,19 @@ def test_the_command_line_sends_too_and_says_how_many(desk, sink):
     assert len(sink.received) == 1
 
 
+def test_a_burst_ends_when_its_relay_is_taken_away(desk, relay):
+    for name in ("a", "b", "c"):
+        confirmed(desk, name)
+
+    def take_away(*_):
+        desk.execute("UPDATE email_account SET smtp_host = NULL")
+        return "250 taken"
+
+    desk.send_to(relay(BODY=take_away).port)
+    send(desk)
+    assert states(desk) == ["sent", "queued", "queued"]
+
+
 def test_a_burst_goes_over_one_connection(desk, relay):
     server = relay()
     desk.send_to(server.port)
