@@ -2363,7 +2363,7 @@ class Replica(http.client.HTTPConnection):
             words = words or repr(error)
         self.close()
         why = printable(str(at(words, "error", words)))[:200]
-        return f"stored, but not on the replica; send it again: {why}"
+        return f"stored, but not on the replica: {why}"
 
 
 def files_at(path: str) -> dict[str, Any]:
