@@ -3380,6 +3380,7 @@ Paste this into your provider's inbound webhook, with your own https host name i
 "message_id": "<first@example.org>"}}'
 """
 LISTENING = "listening: {at}{url} (`inbound secret` prints the secret)"
+ANEW = signal.SIGUSR1       # ends the server as a failure, so that it is started anew
 
 
 def serve(store: Store, *, listen: str = "127.0.0.1:8080",
@@ -3401,8 +3402,8 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080",
         server = create_server(store, dispatcher, listen)
     except (OSError, ValueError) as error:
         raise Refused(503, f"cannot listen on {listen!r}: {error}")
-    for number in (signal.SIGTERM, signal.SIGINT):  # SystemExit: what is in flight ends
-        signal.signal(number, lambda *_: sys.exit(0))
+    for number in (signal.SIGTERM, signal.SIGINT, ANEW):    # SystemExit: what began ends
+        signal.signal(number, lambda number, _: sys.exit(number == ANEW))
     stopping = threading.Event()
     courier = threading.Thread(target=run_courier, args=(store, stopping), daemon=True)
     try:
@@ -3543,7 +3544,7 @@ class Dispatcher:
             work()
         except Exception:       # of the poll: nobody would read any more
             log.critical("ending, to start anew", exc_info=True)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), ANEW)
 
     def serve_large(self) -> None:
         """Serve large posts in their turn: of many none takes a thread from the quick."""
@@ -3711,7 +3712,7 @@ def run_courier(store: Store, stopping: threading.Event) -> None:
         since = store.failing_since or store.blind_since
         if since and time.monotonic() - since > HOPELESS and os.path.exists(store.path):
             log.critical("no read or no write for %d s: ending, to start anew", HOPELESS)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), ANEW)
         store.has_mail.wait(LOOK)
 
 
