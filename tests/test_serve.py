@@ -276,6 +276,7 @@ def busy(work):
 
 class Channel:
     requests = [type("Request", (), {"body_rcv": b"x", "error": None})]
+    total_outbufs_len = 0
 
     def __init__(self, work):
         self.service = work.answer
@@ -284,7 +285,8 @@ class Channel:
         return type("Task", (), {"get_environment": lambda task: 1 / 0})()
 
 
-def test_one_thread_reads_and_serves(desk):
+def test_one_thread_reads_and_serves(desk, monkeypatch):
+    monkeypatch.setattr(inbound, "PATIENCE", 20)    # on a busy machine it is away for longer
     dispatcher = inbound.Dispatcher(desk.store)
     work = Work(dispatcher, 200)
     dispatcher.poll = work.poll
