@@ -4342,7 +4342,7 @@ def backup(store: Store, file: str) -> Any:
     target, ours = os.path.realpath(file), os.path.realpath(store.path)
     part = Path(target + ".part")
     try:
-        # Nor does it take the place of /dev/null or of what /dev/stdout stands for.
+        # It takes the place of no /dev/null, nor of what /dev/stdout stands for.
         if target in (ours, ours + "-wal", ours + "-shm") or (
                 os.path.exists(target) and not os.path.isfile(target)):
             raise OSError(f"{file!r} is the database itself, or no file")
