@@ -100,6 +100,8 @@ log = logging.getLogger("inbound")
 # -----------------------------------------------------------------------------------------
 # Limits: each with its unit, what happens past it, and where the number comes from.
 
+if not os.environ.get("INBOUND_MAX_BODY", "1").isdecimal():
+    sys.exit("inbound: $INBOUND_MAX_BODY is a number of bytes, like 75497472")
 MAX_BODY = int(os.environ.get("INBOUND_MAX_BODY", 72 * 2**20))  # bytes; 413. 50 MB, base64
 HEAVY = 2**20               # bytes; larger posts are understood one at a time …
 HEAVY_WAIT = 4              # … and wait so many seconds, then 503; `serve` has a queue
@@ -395,6 +397,7 @@ def respond(store: Store, environ: Row) -> Steps:
         return (yield from health(store))
     # As it was sent: `//api` and `/api%2F` are one path to servers, not to proxies' rules.
     sent = environ.get("REQUEST_URI") or environ.get("RAW_URI") or path
+    sent = re.sub("^(?i:https?)://[^/?]*", "", sent)    # RFC 9112 3.2.2: MUST be accepted
     is_plain = sent.partition("?")[0] == environ.get("SCRIPT_NAME", "") + path
     if path.removesuffix("/") != ENDPOINT or not is_plain:
         raise Refused(404, f"there is nothing here; mail is posted to {ENDPOINT}")
@@ -2368,7 +2371,7 @@ class Replica(http.client.HTTPConnection):
             words = words or repr(error)
         self.close()
         why = printable(str(at(words, "error", words)))[:200]
-        return f"stored, but not on the replica; send it again: {why}"
+        return f"stored, but not on the replica: {why}"
 
 
 def files_at(path: str) -> dict[str, Any]:
@@ -2889,6 +2892,8 @@ def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, s
     known = known[:1] + known[1:][-9:]
     # `=?` is broken up: mail programs would decode what stands behind it.
     name = one_line(name or account["display_name"] or "").replace("=?", "= ?")
+    if len(name.encode()) > 300:        # encoded or quoted it has to fit a line
+        name = ""
     subject = subject.replace("=?", "= ?")
     ours = account["address"]
     mail = email.message.EmailMessage(Verbatim())
@@ -3222,7 +3227,8 @@ def claim(db: DB, now: int, account: Row) -> Any:
     return db.execute("""UPDATE outbox
         SET state = 'sending', attempts = attempts + 1, next_attempt_at = :lease
         WHERE id = (SELECT id FROM outbox WHERE state = 'queued' AND email_account = :id
-            AND next_attempt_at <= :now AND :smtp_host IS NOT NULL
+            AND next_attempt_at <= :now
+            AND :smtp_host = (SELECT smtp_host FROM email_account WHERE id = :id)
             ORDER BY next_attempt_at, id LIMIT 1)
         RETURNING *, iif(purpose IN ('reply', 'answer'), :address,
             ifnull(:confirmation_envelope_from, '')) AS envelope_from""", values).fetchone()
@@ -3307,6 +3313,8 @@ class Relay:
         text = one_line(f"{code or ''} {decode(words, None)}")[:300]
         # RFC 5321 4.2.1: 5yz is permanent, 4yz may pass; 3.8: a 421 ends the session.
         if is_ready and code not in (0, 421):
+            if self.smtp.sock is None:      # it hung up after that
+                self.close()
             return "failed" if code >= 500 else "queued", text
         # A wrong password is not this mail's fault: it waits for the admin, or the network.
         self.close()
@@ -3380,6 +3388,7 @@ Paste this into your provider's inbound webhook, with your own https host name i
 "message_id": "<first@example.org>"}}'
 """
 LISTENING = "listening: {at}{url} (`inbound secret` prints the secret)"
+ANEW = signal.SIGUSR1       # ends the server as a failure, so that it is started anew
 
 
 def serve(store: Store, *, listen: str = "127.0.0.1:8080",
@@ -3401,8 +3410,8 @@ def serve(store: Store, *, listen: str = "127.0.0.1:8080",
         server = create_server(store, dispatcher, listen)
     except (OSError, ValueError) as error:
         raise Refused(503, f"cannot listen on {listen!r}: {error}")
-    for number in (signal.SIGTERM, signal.SIGINT):  # SystemExit: what is in flight ends
-        signal.signal(number, lambda *_: sys.exit(0))
+    for number in (signal.SIGTERM, signal.SIGINT, ANEW):    # SystemExit: what began ends
+        signal.signal(number, lambda number, _: sys.exit(number == ANEW))
     stopping = threading.Event()
     courier = threading.Thread(target=run_courier, args=(store, stopping), daemon=True)
     try:
@@ -3432,9 +3441,12 @@ def create_server(store: Store, dispatcher: Dispatcher, listen: str) -> Any:
     import waitress  # the only verb that needs it
     server = waitress.create_server(
         make_app(store), map=dispatcher.sockets, _dispatcher=dispatcher, **place_of(listen),
-        channel_timeout=30, cleanup_interval=5, connection_limit=1000,
+        channel_timeout=30, cleanup_interval=5,
+        # Two descriptors each, with a body: waitress logs without end of who gets none.
+        connection_limit=min(1000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 3),
         # Of tiny requests many are read at once, and all wait: no more than its default.
         recv_bytes=2**13, max_request_header_size=16384,
+        inbuf_overflow=2**16,       # past it a body is on disk; any stranger sends one
         max_request_body_size=MAX_BODY + 1, clear_untrusted_proxy_headers=False)
     server.adj.send_bytes = 200     # over any header: an answer goes out whole
     dispatcher.poll = waitress.wasyncore.poll2
@@ -3455,8 +3467,9 @@ def keep_no_memory() -> None:
 def have_descriptors() -> None:
     """Raise the soft limit: 1,000 connections, the files of their bodies, the database."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError):       # over the hard one
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, DESCRIPTORS), hard))
+    most = min(hard, max(soft, DESCRIPTORS))
+    with contextlib.suppress(ValueError):       # where it is forbidden
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def place_of(listen: str) -> Row:
@@ -3539,7 +3552,7 @@ class Dispatcher:
             work()
         except Exception:       # of the poll: nobody would read any more
             log.critical("ending, to start anew", exc_info=True)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), ANEW)
 
     def serve_large(self) -> None:
         """Serve large posts in their turn: of many none takes a thread from the quick."""
@@ -3707,7 +3720,7 @@ def run_courier(store: Store, stopping: threading.Event) -> None:
         since = store.failing_since or store.blind_since
         if since and time.monotonic() - since > HOPELESS and os.path.exists(store.path):
             log.critical("no read or no write for %d s: ending, to start anew", HOPELESS)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), ANEW)
         store.has_mail.wait(LOOK)
 
 
@@ -3764,6 +3777,8 @@ def secret_set(store: Store, value: str, *, account: str = "") -> Any:
 
     Set the secret; the one before ends at once.
     """
+    if value != value.strip():
+        raise Refused(400, "a secret has no space at its ends: a header would lose it")
     change_account(store, account, {"inbound_secret": value, "previous_secret": None})
     return secret_show(store, account=account)
 
@@ -3771,7 +3786,7 @@ def secret_set(store: Store, value: str, *, account: str = "") -> Any:
 def secret_rotate(store: Store, *, keep: str = "24h", account: str = "") -> Any:
     """inbound secret rotate [--keep 24h] [--account ADDRESS] [--json]
 
-    Make a new secret; the old one stays valid for --keep.
+    Make a new secret; the old one stays valid for --keep, the one before that ends.
     """
     unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(keep[-1:])
     if not unit or not re.fullmatch("[0-9]{1,6}", keep[:-1]):
@@ -3793,6 +3808,11 @@ def update_account(db: DB, now: int, values: Row) -> None:
         if mailbox_key(deliverable(each)) not in staff:
             raise Refused(400, f"nobody can be told at {each!r}: expected an address that "
                                "we can write to, and none that is our own")
+    if "@" not in (values.get("confirmation_envelope_from") or "@"):
+        raise Refused(400, "confirmation_envelope_from is an address, or empty for <>")
+    for name in ("smtp_username", "smtp_password"):
+        if not (values.get(name) or "").isascii():
+            raise Refused(400, f"{name} is ASCII: Python's smtplib sends nothing else")
     if "queue" in values:       # a name that is new makes a queue
         values = values | db.execute("""INSERT INTO queue (name) VALUES (?)
             ON CONFLICT (name) DO UPDATE SET is_default = is_default RETURNING id AS queue
@@ -3965,14 +3985,14 @@ def reply(store: Store, reference: str, *, to: str = "") -> Any:
     if not text.strip():
         raise Refused(400, "the reply is empty: expected its text on standard input")
     account = store.accounts(ticket["email_account"])[0]
-    last = store.rows("""SELECT from_address FROM message WHERE ticket = ?
-        AND direction = 'in' ORDER BY id DESC LIMIT 1""", [ticket["id"]])[0]
+    last = store.rows("""SELECT from_address AS author FROM message WHERE ticket = ?
+        AND direction = 'in' ORDER BY id DESC LIMIT 1""", [ticket["id"]])
     draft = store.write(send_reply, account, ticket, to or ticket["requester"], text)
-    author, [recipient] = last["from_address"], draft.to
-    if mailbox_key(author) != mailbox_key(recipient):
-        print(f"inbound: {author} wrote last, this goes to {recipient}", file=sys.stderr)
-    return {"reference": ticket["reference"], "to": recipient,
-            "message_id": draft.message_id}
+    [to] = draft.to
+    for author in (row["author"] for row in last):      # none: it was erased
+        if mailbox_key(author) != mailbox_key(to):
+            print(f"inbound: {author} wrote last, this goes to {to}", file=sys.stderr)
+    return {"reference": ticket["reference"], "to": to, "message_id": draft.message_id}
 
 
 def close(store: Store, reference: str) -> Any:
@@ -4106,7 +4126,7 @@ def rejected_show(store: Store, identifier: str) -> Any:
     return row | {"body": decode(row["body"], None), "size": len(row["body"])}
 
 
-def rejected_row(store: Store, identifier: str) -> Row:
+def rejected_row(store: Store, identifier: str | int) -> Row:
     return one_of(store.rows("SELECT * FROM rejected WHERE id = ?", [identifier]),
                   f"rejected post {identifier!r}: see `inbound rejected`")
 
@@ -4116,23 +4136,25 @@ def rejected_replay(store: Store, identifier: str = "") -> Any:
 
     Post kept bodies again, from inside; drop a row once all of it is stored.
     """
-    identifiers = [identifier] if identifier else [
-        row["id"] for row in store.rows("SELECT id FROM rejected ORDER BY id")]
-    return [replay(store, each) for each in identifiers] or ([], "nothing was rejected")
+    if identifier:
+        rows = [rejected_row(store, identifier)]
+    else:
+        rows = store.rows("SELECT id FROM rejected ORDER BY id")
+    return [replay(store, row["id"]) for row in rows] or ([], "nothing was rejected")
 
 
-def replay(store: Store, identifier: str) -> Row:
-    row = rejected_row(store, identifier)
-    post = post_from_inside(store, row["email_account"], row["content_type"], row["body"],
-                            row["received_at"])
+def replay(store: Store, identifier: int) -> Row:
     try:
+        row = rejected_row(store, identifier)       # or it was replayed or deleted just now
+        post = post_from_inside(store, row["email_account"], row["content_type"],
+                                row["body"], row["received_at"])
         _, answer = Progress(receive(store, post)).finish(store)
+        outcomes = {item["status"] for item in answer.get("messages", [answer])}
+        if outcomes <= {"created", "appended", "duplicate"}:
+            store.write(run_one, "DELETE FROM rejected WHERE id = ?", [identifier])
     except Refused as refusal:
         answer = {"status": "refused", "reason": refusal.reason}
-    outcomes = {item["status"] for item in answer.get("messages", [answer])}
-    if outcomes <= {"created", "appended", "duplicate"}:
-        rejected_delete(store, row["id"])
-    return {"id": row["id"], **answer}
+    return {"id": identifier, **answer}
 
 
 def post_from_inside(store: Store, account: int | None, content_type: str,
@@ -4161,7 +4183,8 @@ def import_(store: Store, path: str, *, account: str = "") -> Any:
     again: run it once more to go on where it ended.
     """
     post = post_from_inside(store, chosen_account(store, account)["id"], IMPORTED)
-    files = [*Path(path).glob("cur/[!.]*"), *Path(path).glob("new/[!.]*")] or [Path(path)]
+    found = [*Path(path).glob("cur/[!.]*"), *Path(path).glob("new/[!.]*")]
+    files = [*filter(Path.is_file, found)] or [Path(path)]
     if files[0].is_dir():
         raise Refused(404, f"{path!r} is a folder without mails in `cur` and `new`")
     size = sum(file.stat().st_size for file in files) or 1
@@ -4169,15 +4192,29 @@ def import_(store: Store, path: str, *, account: str = "") -> Any:
     counts = dict.fromkeys(outcomes, 0)
     done = 0
     with progress_bar(lambda: done / size):
-        for file in sorted(files, key=lambda file: file.name):      # begins with the time
-            for mail in filter(bytes.strip, mails_in(file)):
-                status = "too_large"
-                if len(mail) <= MAX_BODY:
-                    steps = receive(store, replace(post, body=mail))
-                    status = Progress(steps).finish(store)[1]["status"]
-                counts[status] += 1
-                done += len(mail)
+        for group in groups_of(files):
+            begun = [Progress(receive(store, replace(post, body=mail)))
+                     for mail in group if len(mail) <= MAX_BODY]
+            counts["too_large"] += len(group) - len(begun)
+            store.commit([progress.job for progress in begun if progress.job])
+            for progress in begun:
+                counts[progress.finish(store)[1]["status"]] += 1
+            done += sum(map(len, group))
     return counts
+
+
+def groups_of(files: list[Path]) -> Iterator[list[bytes]]:
+    """The mails of all files, as many as share a commit: each takes pages of the -wal."""
+    group: list[bytes] = []
+    size = 0
+    for file in sorted(files, key=lambda file: file.name):      # begins with the time
+        for mail in filter(bytes.strip, mails_in(file)):
+            group.append(mail)
+            size += len(mail)
+            if size > GROUP:
+                yield group
+                group, size = [], 0
+    yield group
 
 
 # With a time: some programs leave a `From ` in a text as it is.
@@ -4212,8 +4249,9 @@ def progress_bar(share: Callable[[], float]) -> Iterator[None]:
         while not is_last:
             is_last = is_over.wait(0.1 if is_terminal else TELL)
             if is_terminal or not is_last:
-                bar = "#" * round(40 * share())
-                print(f"[{bar:40}] {share():4.0%}", file=sys.stderr, flush=True,
+                part = min(1, share())      # a pipe is larger than it says
+                bar = "#" * round(40 * part)
+                print(f"[{bar:40}] {part:4.0%}", file=sys.stderr, flush=True,
                       end="\r" if is_terminal and not is_last else "\n")
 
     thread = threading.Thread(target=show, daemon=True)
@@ -4259,7 +4297,7 @@ def checks_of(store: Store) -> Iterator[Check]:
     yield ("clock", all(row["received_at"] <= store.now() + 60 for row in newest),
            "the newest message is of the future: set the clock")
     path = Path(store.path).resolve()
-    for file in sorted(path.parent.glob(path.name + "*")):
+    for file in sorted(filter(Path.is_file, path.parent.glob(path.name + "*"))):
         yield (f"mode of {file.name}", not file.stat().st_mode & 0o077,
                f"others may read everybody's mail: chmod 600 {file}")
     for name, paths in store.own_providers():
@@ -4313,11 +4351,15 @@ def backup(store: Store, file: str) -> Any:
 
     Write a whole copy of the live database to FILE: mode 0600, verified, then renamed.
     """
-    part = Path(file + ".part")
+    target, ours = os.path.realpath(file), os.path.realpath(store.path)
+    part = Path(target + ".part")
     try:
-        if os.path.realpath(file) == os.path.realpath(store.path):
-            raise OSError("that is the database itself")
-        os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600))
+        # It takes the place of no /dev/null, nor of what /dev/stdout stands for.
+        if target in (ours, ours + "-wal", ours + "-shm") or (
+                os.path.exists(target) and not os.path.isfile(target)):
+            raise OSError(f"{file!r} is the database itself, or no file")
+        part.unlink(missing_ok=True)    # another's, who could read it, or of one that died
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         [size] = store.rows("""SELECT (page_count - freelist_count) * page_size AS bytes
             FROM pragma_page_count, pragma_freelist_count, pragma_page_size""")
         with progress_bar(lambda: part.stat().st_size / size["bytes"]):
@@ -4329,7 +4371,7 @@ def backup(store: Store, file: str) -> Any:
             raise OSError(f"the copy is not whole: {words}")
         with open(part, "rb") as written:
             os.fsync(written.fileno())
-        os.replace(part, file)
+        os.replace(part, target)
     except (OSError, sqlite3.Error) as error:
         raise Refused(503, f"no backup was made: {error}")
     finally:
@@ -4386,6 +4428,10 @@ ALONE = {"secret": "show", "account": "show", "outbox": "list", "rejected": "lis
 
 def main(argv: list[str] | None = None, clock: Callable[[], float] = time.time) -> int:
     """Run one verb; return the exit code: 0, 1 for an error, 2 for wrong usage."""
+    # None: who started us had closed it.
+    sys.stdin = sys.stdin or os.fdopen(os.open(os.devnull, os.O_RDONLY))
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -443,6 +443,15 @@ def call(desk, body, **environ):
     return answers[0]
 
 
+@pytest.mark.parametrize("sent, status", [
+    (URL, 200), (URL + "?to=//x", 200), ("http://help.example.org" + URL, 200),
+    ("HTTPS://help.example.org:443" + URL + "?x", 200), ("/" + URL, 404), (URL + "%2F", 404),
+    ("http://help.example.org/" + URL, 404)])
+def test_a_path_counts_as_it_was_sent_with_or_without_a_host_before_it(desk, sent, status):
+    body = json.dumps(desk.mail()).encode()
+    assert call(desk, body, CONTENT_LENGTH=str(len(body)), REQUEST_URI=sent) == status
+
+
 def test_a_body_shorter_than_its_content_length_is_no_mail(desk):
     body = json.dumps(desk.mail()).encode()
     assert call(desk, body, CONTENT_LENGTH=str(len(body) + 1)) == 400

@@ -336,6 +336,7 @@ FAILS = [
     ("rejected replay 99", "99"),
     ("rejected delete 99", "99"),
     ("secret set short", "16 or more printable"),
+    ("secret set ' 0123456789abcdef '", "no space"),
     ("secret set 'ümlaut-0123456789-0123'", "16 or more printable"),
     ("account add support@helpdesk.example", "address is another's already"),
     ("account add nonsense", "an address looks like"),
@@ -355,6 +356,8 @@ FAILS = [
     ("account set confirmations_per_hour=x", "confirmations_per_hour is a number"),
     ("account set confirmations_per_hour=-1", "confirmations_per_hour"),
     ("account set confirmation_envelope_from='a b'", "confirmation_envelope_from is an address"),
+    ("account set confirmation_envelope_from=x", "confirmation_envelope_from is an address"),
+    ("account set smtp_password=pässwort", "smtp_password is ASCII"),
     ("account set trusted_forwarders=x", "trusted_forwarders are addresses"),
     ("--account nobody@x.example secret", "no account 'nobody@x.example'"),
     ("--account nobody@x.example tickets", "no account 'nobody@x.example'"),
@@ -565,6 +568,11 @@ def test_a_reply_warns_when_another_wrote_last(filled, capsys):
     assert "wrote last" not in said and mail_of(filled)["To"] == "mallory@evil.example"
 
 
+def test_a_reply_goes_out_where_the_mail_that_it_answers_was_deleted(filled):
+    filled.execute("DELETE FROM message WHERE direction = 'in'")
+    assert "to=ada@customer.example" in filled.run("reply", filled.reference, stdin="Hello")
+
+
 def test_a_reply_threads_and_goes_through_the_outbox(filled):
     shown = printed(filled, "reply", filled.reference, stdin="Which printer?\nGrüße\n")
     mail = mail_of(filled)
@@ -720,6 +728,26 @@ def test_rejected_replay_never_changes_when_a_post_was_received(desk, monkeypatc
     assert desk.show(result["ticket"])["messages"][0]["received_at"] == noon
 
 
+@pytest.mark.parametrize("meanwhile", ["before", "after"])
+def test_rejected_replay_goes_on_when_a_row_vanishes_meanwhile(filled, monkeypatch, meanwhile):
+    for number in range(3):
+        filled.post({"absender": "ada@customer.example", "mid": f"<{number}@x>"}, status=422)
+    filled.execute("INSERT INTO provider VALUES ('Ours', ?)",
+                   '{"from": "absender", "message_id": "mid"}')
+    receive, done = inbound.receive, []
+
+    def racing(*args):
+        done.append(args)
+        if len(done) == 2:          # the second row is in work, the third is to come
+            filled.execute("DELETE FROM rejected WHERE id = ?", 4 if meanwhile == "before" else 2)
+        return receive(*args)
+
+    monkeypatch.setattr(inbound, "receive", racing)
+    found = {row["id"]: row["status"] for row in printed(filled, "rejected", "replay")}
+    assert found == {1: "refused", 2: "created", 3: "created",
+                     4: "refused" if meanwhile == "before" else "created"}
+
+
 def test_rejected_replay_reads_a_post_by_the_content_type_that_it_came_with_last(desk):
     desk.post({"absender": "ada@customer.example", "mid": "<1@x>"}, "text/html", status=415)
     desk.post({"absender": "ada@customer.example", "mid": "<1@x>"}, status=422)
@@ -786,6 +814,27 @@ def test_words_outside_ascii_are_printed_whatever_the_locale(desk):
             [sys.executable, inbound.__file__, "--db", str(desk.path), "show", reference],
             capture_output=True, env={"PATH": "/usr/bin:/bin"} | environment)
         assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line, status", [
+    ("tickets >&-", 0), ("backup {}.copy >&- 2>&-", 0), ("backup {}.copy 2>&-", 0),
+    ("attachment 1 >&-", 0), ("reply {ticket} <&-", 1), ("relay http://127.0.0.1:1/ <&-", 75)])
+def test_a_stream_that_is_closed_is_an_empty_one(filled, line, status):
+    line = line.format(shlex.quote(str(filled.path)), ticket=filled.reference)
+    command = shlex.join([sys.executable, inbound.__file__, "--db", str(filled.path)])
+    result = subprocess.run(["bash", "-c", f"{command} {line}"], capture_output=True, text=True)
+    assert (result.returncode, "Traceback" in result.stderr) == (status, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["72M", "", "-1"])
+def test_a_limit_that_is_no_number_of_bytes_is_one_line_and_exit_1(desk, size):
+    result = subprocess.run(
+        [sys.executable, inbound.__file__, "--db", str(desk.path), "tickets"],
+        capture_output=True, text=True, env={"INBOUND_MAX_BODY": size})
+    assert result.returncode == 1
+    assert re.fullmatch("inbound: .*INBOUND_MAX_BODY.*bytes.*\n", result.stderr)
 
 
 def test_account_set_that_is_refused_makes_no_queue(desk):

@@ -90,6 +90,7 @@ def test_what_to_do_names_the_account_that_it_is_to_be_done_to(ready, setting):
 def test_a_file_that_others_may_read_is_a_fail(ready, name):
     ready.post(ready.mail())
     file = ready.path.with_name(name)
+    ready.path.with_name("inbound.db.link").symlink_to("nowhere")
     file.touch()
     file.chmod(0o644)
     assert any(name in check and "chmod" in words for check, words in failed(ready).items())
@@ -198,6 +199,7 @@ def test_without_an_account_everything_says_so(ready):
 def test_a_backup_is_whole_its_owner_s_alone_and_serves(ready, folder):
     reference = ready.post(ready.mail())["ticket"]
     copy = folder / "copy.db"
+    (folder / "copy.db.part").touch(0o644)      # somebody else's, who would read it
     assert "1" in ready.run("backup", str(copy)) or copy.exists()
     assert copy.stat().st_mode & 0o777 == 0o600
     assert sorted(path.name for path in folder.glob("copy.db*")) == ["copy.db"]
@@ -220,8 +222,11 @@ def test_a_newer_backup_takes_the_place_of_the_older(ready, folder):
         assert db.execute("SELECT count(*) FROM ticket").fetchone() == (1,)
 
 
-@pytest.mark.parametrize("target", ["inbound.db", "no-such-folder/copy.db"])
+@pytest.mark.parametrize("target", [
+    "inbound.db", "inbound.db-wal", "no-such-folder/copy.db", "pipe", "folder"])
 def test_a_backup_that_cannot_be_made_says_so_and_leaves_nothing(ready, folder, target):
+    (folder / "folder").mkdir()
+    os.mkfifo(folder / "pipe")      # as /dev/stdout may be one, and /dev/null is no file either
     before = ready.path.read_bytes(), sorted(folder.iterdir())
     out = ready.run("backup", str(folder / target), status=1)
     assert out.startswith("inbound: ") and out.count("\n") == 1

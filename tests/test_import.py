@@ -93,6 +93,8 @@ def test_a_maildir_and_one_mail_come_in_likewise(desk, tmp_path):
     (tmp_path / "box/new/0999.b").write_text(mail("bob"))
     (tmp_path / "box/new/1001.c").write_text("")
     (tmp_path / "box/cur/.hidden").write_text(mail("hidden"))
+    (tmp_path / "box/cur/0000.folder").mkdir()
+    (tmp_path / "box/cur/0000.gone").symlink_to("nowhere")
     (tmp_path / "box/tmp/1.half").write_text(mail("half"))
     (tmp_path / "one.eml").write_text(mail("eve").replace("\n", "\r\n"))
     assert "created=2\n" in desk.run("import", str(tmp_path / "box"))
@@ -116,6 +118,17 @@ def test_what_is_no_mailbox_is_refused_in_a_sentence(desk, tmp_path, make, words
     line = desk.run("import", str(tmp_path / "box"), status=1)
     assert re.fullmatch(f"inbound: .*{words}.*\n", line)
     assert "there is no account" in desk.run("import", "x", "--account", "a@b", status=1)
+
+
+def test_mails_that_come_in_share_commits_or_the_wal_grows_five_times_as_large(
+        desk, bring_in, monkeypatch):
+    commits, commit = [], inbound.Store._commit
+    monkeypatch.setattr(inbound.Store, "_commit", lambda store: commits.append(commit(store)))
+    assert bring_in(mbox_of(*(mail(f"n{number}") for number in range(50)))) == {"created": 50}
+    assert len(commits) < 5
+    large = [mail(f"l{number}", text=inbound.GROUP * "x") for number in range(3)]
+    assert bring_in(mbox_of(*large)) == {"created": 3}
+    assert len(commits) > 3
 
 
 # How an mbox is taken apart -----------------------------------------------------------------------
@@ -257,22 +270,26 @@ def test_a_terminal_sees_a_bar_and_a_pipe_none(desk, tmp_path, verb):
     assert (quiet.returncode, quiet.stderr) == (0, "")
 
 
-def test_where_no_terminal_is_a_line_tells_how_far_it_is_now_and_then(monkeypatch, capsys):
+@pytest.mark.parametrize("done, line", [
+    (0.5, f"[{'#' * 20:40}]  50%"), (2**10, f"[{'#' * 40}] 100%")])     # of a pipe: no size
+def test_where_no_terminal_is_a_line_tells_how_far_it_is_now_and_then(
+        monkeypatch, capsys, done, line):
     monkeypatch.setattr(inbound, "TELL", 0.001)
     has_told = threading.Event()
 
     def share():
         has_told.set()
-        return 0.5
+        return done
     with inbound.progress_bar(share):
         assert has_told.wait(LONG)
     lines = capsys.readouterr().err.splitlines()
-    assert {*lines} == {f"[{'#' * 20:40}]  50%"}
+    assert {*lines} == {line}
 
 
 @pytest.mark.slow
 def test_an_import_that_is_interrupted_says_nothing_and_can_be_gone_on_with(desk, tmp_path):
-    content = mbox_of(*(mail(f"a{number}") for number in range(40)))
+    half = inbound.GROUP // 2 * "x"
+    content = mbox_of(*(mail(f"a{number}", text=half) for number in range(5)))
     pipe, whole = tmp_path / "pipe", tmp_path / "mbox"
     whole.write_bytes(content)
     os.mkfifo(pipe)
@@ -282,9 +299,9 @@ def test_an_import_that_is_interrupted_says_nothing_and_can_be_gone_on_with(desk
           pipe.open("wb") as writing):
         writing.write(content)
         writing.flush()         # and says nothing more: the last mail has no end
-        eventually(lambda: desk.count("ticket") == 39)
+        eventually(lambda: desk.count("ticket") == 4)
         running.send_signal(2)
         assert running.communicate(timeout=LONG)[1] == ""
-    assert running.returncode == 130 and desk.count("ticket") == 39
-    assert "duplicate=39" in desk.run("import", str(whole))
-    assert desk.count("ticket") == desk.count("message") == 40
+    assert running.returncode == 130 and desk.count("ticket") == 4
+    assert "duplicate=4" in desk.run("import", str(whole))
+    assert desk.count("ticket") == desk.count("message") == 5

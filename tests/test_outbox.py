@@ -200,6 +200,19 @@ def test_the_command_line_sends_too_and_says_how_many(desk, sink):
     assert len(sink.received) == 1
 
 
+def test_a_burst_ends_when_its_relay_is_taken_away(desk, relay):
+    for name in ("a", "b", "c"):
+        confirmed(desk, name)
+
+    def take_away(*_):
+        desk.execute("UPDATE email_account SET smtp_host = NULL")
+        return "250 taken"
+
+    desk.send_to(relay(BODY=take_away).port)
+    send(desk)
+    assert states(desk) == ["sent", "queued", "queued"]
+
+
 def test_a_burst_goes_over_one_connection(desk, relay):
     server = relay()
     desk.send_to(server.port)
@@ -379,6 +392,16 @@ def test_a_failed_mail_does_not_hold_up_the_others(desk, relay):
     inbound.send_due(desk.store)
     assert states(desk) == ["sent", "failed", "sent", "sent"]
     assert server.connections == 1
+
+
+def test_a_relay_that_hangs_up_after_a_5xx_costs_the_next_mail_no_try(desk, relay):
+    confirmed(desk)
+    confirmed(desk, "second")
+    desk.send_to(relay(RCPT="550 no such user", RSET=lambda *_: None).port)
+    for _look in range(2):
+        send(desk)
+    assert [(row["state"], row["attempts"], row["last_error"]) for row in outbox(desk)] == (
+        2 * [("failed", 1, "550 no such user")])
 
 
 def test_mail_is_given_up_after_24_hours_and_not_before(desk, clock, refusing):
@@ -877,7 +900,8 @@ def test_from_is_the_accounts_address_alone_whatever_its_name(desk, display_name
 
 
 @pytest.mark.parametrize("display_name", [
-    "Desk\r\nBcc: b@evil.example", "=?utf-8?q?Desk=0d=0aBcc:_b@evil.example?=", "Desk\x00", "\x85"])
+    "Desk\r\nBcc: b@evil.example", "=?utf-8?q?Desk=0d=0aBcc:_b@evil.example?=", "Desk\x00", "\x85",
+    "Desk" * 250, "\u6f22" * 250, '"' * 400])
 def test_a_display_name_that_would_break_the_header_costs_no_mail(desk, display_name):
     desk.execute("UPDATE email_account SET display_name = ?", display_name)
     answer = desk.post(desk.mail())

@@ -743,7 +743,7 @@ def test_a_server_ends_when_only_a_new_process_can_help(
     monkeypatch.setattr(inbound.os, "kill", lambda *args: signals.append(args[1]))
     monkeypatch.setattr(store.has_mail, "wait", lambda seconds: stopping.set())
     inbound.run_courier(store, stopping)
-    assert signals == [signal.SIGTERM] * ends
+    assert signals == [signal.SIGUSR1] * ends
 
 
 def test_a_server_with_nothing_to_do_finds_out_that_it_can_write_again(desk):

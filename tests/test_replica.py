@@ -275,7 +275,9 @@ def test_healthz_and_doctor_know_of_the_replica(desk, litestream):
 def test_a_verb_says_that_it_is_done_here_and_not_there(desk, litestream):
     reference = desk.post(mail_from("ada"))["ticket"]
     litestream.answer = BEHIND
-    assert "stored, but not on the replica" in desk.run("close", reference, status=1)
+    said = desk.run("close", reference, status=1)
+    # A reply or a rotation that is done again is done twice; a provider goes by the 503.
+    assert "stored, but not on the replica" in said and "again" not in said
     assert desk.sql("SELECT status FROM ticket") == [("closed",)]
 
 

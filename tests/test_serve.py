@@ -163,6 +163,18 @@ def test_one_look_at_the_sockets_takes_little_of_each(desk, loop):
     assert len(channel.requests) < 2**9
 
 
+def test_no_more_connect_than_there_are_descriptors_for_with_their_bodies(desk, monkeypatch):
+    """waitress logs 6 MB a second of who cannot be accepted."""
+    monkeypatch.setattr(inbound.resource, "getrlimit", lambda _: (64, 64))
+    with contextlib.closing(Loop(desk)) as loop:
+        assert 2 < loop.server.adj.connection_limit < 25
+
+
+def test_what_strangers_send_on_all_connections_takes_little_memory(loop):
+    most = loop.server.adj.inbuf_overflow + loop.server.adj.max_request_header_size
+    assert loop.server.adj.connection_limit * most < 100 * 2**20
+
+
 def test_posts_share_a_sync_up_to_a_size_and_a_large_one_is_alone(loop):
     most = "x" * (inbound.LARGE - 2**9)     # which leave room for the rest of a post
     fit = inbound.GROUP // inbound.LARGE
@@ -173,6 +185,7 @@ def test_posts_share_a_sync_up_to_a_size_and_a_large_one_is_alone(loop):
         sizes.append(len(group))
         loop.dispatcher.serve(group)
     assert sizes == [fit, 2] and loop.dispatcher.large.qsize() == 1
+    loop.dispatcher.serve([loop.dispatcher.large.get()])    # which closes its file
 
 
 def test_the_threads_last_as_long_as_the_lock_and_the_replica():
@@ -266,6 +279,7 @@ def busy(work):
 
 class Channel:
     requests = [type("Request", (), {"body_rcv": b"x", "error": None})]
+    total_outbufs_len = 0
 
     def __init__(self, work):
         self.service = work.answer
