@@ -879,25 +879,32 @@ def mail_of_mime(content: bytes) -> Mail:
     reader = MimeReader()
     raw_headers, body = reader.head_of(memoryview(content)[start:])
     leaves = [*reader.leaves(raw_headers, body)]
-    inline = [fields for fields, _ in leaves
+    inline = [fields for fields, *_ in leaves
               if SHOWN.fullmatch(fields.get_content_type())
               and fields.get_content_disposition() != "attachment"]
     # RFC 2183 2.1: inline is shown; a named one when there is no other.
     texts = [fields for fields in inline if fields.get_filename() is None] or inline
-    text: list[str] = []
-    markup: list[str] = []
+    shown: list[tuple[int, bool, str]] = []     # (choice, whether it is HTML, words)
     attachments = []
-    for fields, part in leaves:
+    for fields, part, choice in leaves:
         decoded = transfer_decoded(fields, part)
         if fields in texts:
-            pieces = markup if fields.get_content_type() == "text/html" else text
-            pieces.append(decode(decoded, fields.get_content_charset()))
+            words = decode(decoded, fields.get_content_charset())
+            shown.append((choice, fields.get_content_type() == "text/html", words))
         else:
             attachments.append(file_of(fields, decoded))
+    text = [words for _, is_html, words in shown if not is_html]
+    markup = [words for _, is_html, words in shown if is_html]
     charset = texts[0].get_content_charset() if texts else None
     mail: Mail = {
         "headers": [[name, header_text(value, charset)] for name, value in raw_headers],
         "text": "\n".join(text), "html": "\n".join(markup), "attachments": attachments}
+    # RFC 2046 5.1.4: HTML is left to programs that show it where there is the same as text.
+    read = {choice for choice, is_html, words in shown if not is_html and words.strip()}
+    lone = [words for choice, is_html, words in shown if is_html and choice not in read]
+    if read and lone:
+        text.insert(0 if shown[0][1] else len(text), html_to_text("\n".join(lone)))
+        mail["shown"] = "\n".join(text)
     if reader.cut:
         mail["whole"] = (reader.cut, "message.eml", "message/rfc822", content)
     return mail
@@ -929,8 +936,11 @@ class MimeReader:
         return headers, content[end:]
 
     def leaves(self, headers: Headers, body: memoryview, default: str = "text/plain",
-               depth: int = 0) -> Iterator[tuple[email.message.Message, memoryview]]:
-        """(Content- headers, body) of all that is in a part and holds no parts itself."""
+               depth: int = 0, choice: int = 0) -> Iterator[tuple[Any, memoryview, int]]:
+        """(Content- headers, body, choice) of all in a part that holds no parts itself.
+
+        What one multipart/alternative holds has one number as its choice.
+        """
         fields = content_headers(headers)
         fields.set_default_type(default)
         kind = fields.get_content_type()
@@ -939,8 +949,10 @@ class MimeReader:
         if parts and depth == MAX_DEPTH:
             self.cut = f"more than {MAX_DEPTH} multiparts inside each other"
             parts = []
+        if kind == "multipart/alternative":
+            choice = choice or self.parts
         if not parts:
-            yield fields, body
+            yield fields, body, choice or self.parts
         # RFC 2046 5.1.5: what a digest holds is a mail unless it says otherwise.
         default = "message/rfc822" if kind == "multipart/digest" else "text/plain"
         for part in parts:
@@ -948,7 +960,7 @@ class MimeReader:
                 self.cut = f"more than {MAX_PARTS} parts"
                 break
             self.parts -= 1
-            yield from self.leaves(*self.head_of(part), default, depth + 1)
+            yield from self.leaves(*self.head_of(part), default, depth + 1, choice)
 
 
 def split_parts(content: memoryview, boundary: str, most: int) -> list[memoryview]:
@@ -1399,8 +1411,8 @@ def normalise(mail: Mail, is_strict: bool) -> Message:
         cut, filename, kind, content = mail["whole"]
         attachments.append(Attachment(filename, kind, "", content))
         notes.append(f"{cut}: the whole of it is attached as {filename}")
-    if not text.strip():
-        text = html_to_text(markup)
+    if "shown" in mail or not text.strip():
+        text = mail.get("shown") or html_to_text(markup)
         if len(markup) > MAX_HTML:
             notes.append(f"the text is made of at most {MAX_HTML} characters of the HTML")
     return Message(

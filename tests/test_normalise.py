@@ -472,6 +472,10 @@ LETTER = b"--b\r\nContent-Type: text/plain\r\n\r\nThe text.\r\n"
 ATTACHED = (b"--b\r\nContent-Type: text/plain\r\nContent-Disposition: attachment;\r\n"
             b" filename=a.txt\r\n\r\nA file.\r\n")
 
+RICH = b"--b\r\nContent-Type: text/html\r\n\r\n<p>It <b>burns</b>.\r\n"
+EITHER = (b"--b\r\nContent-Type: multipart/alternative; boundary=c\r\n\r\n"
+          + (LETTER + RICH).replace(b"--b", b"--c") + b"--c--\r\n")
+
 # (Content-Type, body, text, file names)
 STRUCTURES = [
     (b"multipart/mixed; boundary=b", TWO, "The text.", ["a.png"]),
@@ -488,6 +492,14 @@ STRUCTURES = [
     (b"multipart/mixed; boundary=b", NAMED + LETTER + b"--b--", "The text.", ["a.txt"]),
     (b"multipart/mixed; boundary=b", LETTER + NAMED + b"--b--", "The text.", ["a.txt"]),
     (b"multipart/mixed; boundary=b", ATTACHED + b"--b--", "", ["a.txt"]),
+    # A list's or a scanner's lines below a mail that is nothing but HTML.
+    (b"multipart/mixed; boundary=b", RICH + LETTER + b"--b--", "It burns.\nThe text.", []),
+    (b"multipart/mixed; boundary=b", LETTER + RICH + b"--b--", "The text.\nIt burns.", []),
+    (b"multipart/mixed; boundary=b", LETTER + EITHER + b"--b--", "The text.\nThe text.", []),
+    (b"multipart/alternative; boundary=b", LETTER + RICH + b"--b--", "The text.", []),
+    (b"multipart/mixed; boundary=b", EITHER + RICH + b"--b--", "The text.\nIt burns.", []),
+    (b"multipart/mixed; boundary=b", LETTER + EITHER.replace(b"The text.", b" ") + b"--b--",
+     "The text.\n \nIt burns.", []),
     (b"text/plain; name=a.txt", b"It has a name.", "It has a name.", []),
 ]
 
