@@ -1728,7 +1728,10 @@ def verbatim(preformatted: re.Match[str]) -> str:
 
 def with_link(found: re.Match[str]) -> str:
     """The text of a link and, unless it says so itself, where it leads."""
-    _, link, text = found.groups()
+    _, written, text = found.groups()
+    # In an attribute `&copy=` is no character to browsers; to html.unescape it is one.
+    link = re.sub(r"&(?!#|\w+;)", "&amp;", written)
+    text = text.replace(written, link)
     return text if link in text or link[0] == "#" else f"{text} ({link})"
 
 
