@@ -1739,13 +1739,14 @@ def with_link(found: re.Match[str]) -> str:
 # has no end is text before its attributes are looked for: nothing is ever looked at twice.
 VERBATIM = str.maketrans({" ": "\0", "\t": "\1", "\n": "<br>"})     # for blanks that count
 MARKUP: tuple[tuple[str, Any], ...] = (
-    (r"<!--(?:>|.*?-->|.*)|<(script|style|title)\b(?:.*?</\1\s*>|.*)", ""),
+    (r"<!--(?:-?>|.*?--!?>|.*)|<(script|style|title)\b(?:.*?</\1\s*>|.*)", ""),
     (r"<pre\b[^<>]*>.*?(?:</pre\s*>|\Z)", verbatim),
     (r"\s+", " "),
     (r"""<img\b(?=[^<>]*>)[^<>]*?\salt\s*=\s*(["']?)([^<>]*?)\1(?:\s[^<>]*)?/?>""", r"\2"),
     (r"</?t[dh]\b[^<>]*>", " "),
-    (r"</?(?:address|article|aside|blockquote|br|caption|dd|div|dl|dt|figcaption|figure|"
-     r"footer|form|h[1-6]|header|hr|li|main|nav|ol|p|pre|section|table|tr|ul)\b[^<>]*>",
+    (r"</?(?:address|article|aside|blockquote|br|caption|center|dd|details|div|dl|dt|"
+     r"fieldset|figcaption|figure|footer|form|h[1-6]|header|hr|legend|li|main|nav|ol|"
+     r"option|p|pre|section|summary|table|tr|ul)\b[^<>]*>",
      "\n"),
     (r"<(?!/?a\b)[/!?a-z][^<>]*>", ""),
     (r"""<a\b(?=[^<>]*>)[^<>]*?\shref\s*=\s*(["']?)(?:mailto:)?([^<>]*?)\1(?:\s[^<>]*)?>"""
