@@ -1673,9 +1673,16 @@ def decoded_words(run: re.Match[str]) -> str:
 # them.
 CODECS = {label: codec for codec, labels in (
     ("cp1252", "iso-8859-1 iso8859-1 latin1 latin-1"), ("cp1254", "iso-8859-9"),
-    ("cp874", "iso-8859-11 tis-620"),
-    ("gb18030", "gb2312 gb-2312-80 gbk x-gbk euc-cn cp936"),
-    ("cp949", "euc-kr ks-c-5601-1987 ks-c-5601 ksc5601 korean windows-949"),
+    ("cp874", "iso-8859-11 tis-620 windows-874 dos-874"),
+    ("iso8859-6", "iso-8859-6-i iso-8859-6-e"),
+    ("iso8859-8", "iso-8859-8-i iso-8859-8-e logical visual"),
+    ("koi8-u", "koi8-ru"), ("mac-roman", "x-mac-roman mac"),
+    ("mac-cyrillic", "x-mac-cyrillic x-mac-ukrainian"),
+    ("gb18030", "gb2312 gb-2312 gb-2312-80 csgb2312 gbk x-gbk euc-cn cp936"),
+    ("cp949", "euc-kr cseuckr ks-c-5601-1987 ks-c-5601-1989 ks-c-5601 ksc5601 korean "
+              "windows-949"),
+    ("iso2022-jp-ext", "iso-2022-jp csiso2022jp iso-2022-jp-ms cp50220 cp50221"),
+    ("euc-jp", "x-euc-jp eucjp-ms eucjp-win"),
     ("cp932", "shift-jis sjis x-sjis windows-31j ms-kanji"),
     ("big5hkscs", "big5 x-x-big5 cn-big5"),
     ("utf-8", "us-ascii ascii unknown-8bit x-unknown"),
@@ -1691,8 +1698,9 @@ def codec_of(charset: str) -> tuple[str, str]:
     A label of several bytes a character is believed all the same, any other is not.
     LookupError when nobody knows it.
     """
-    label = re.sub("[^a-z0-9]+", "-", charset.lower()[:100]).strip("-")
-    label = CODECS.get(label, re.sub("^cp-", "cp", label))
+    charset = charset.lower()[:100].partition("*")[0]       # RFC 2231 5: and a language
+    label = re.sub("[^a-z0-9]+", "-", charset).strip("-")
+    label = CODECS.get(label, re.sub("^(?:cp-|x-cp|win-)", "cp", label))
     name = codecs.lookup(label).name
     return name, "replace" if MULTIBYTE.match(name) else "strict"
 

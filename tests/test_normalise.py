@@ -392,6 +392,18 @@ DECODE = [
     (b"\x93\xfa\x96{ \x87@", "x-sjis", "日本 ①"),
     (b"\x93\xfa\x96{ \x87@", "windows-31j", "日本 ①"),
     (b"\xb4\xf2 \x9d\xef", "big5", "湖 嘅"),
+    (b"\xc7\xc1\xb8\xb0\xc5\xcd \x8cc", "csEUCKR", "프린터 똠"),
+    (b"\xb4\xf2\xd3\xa1 \xe9F", "csGB2312", "打印 镕"),
+    (b"\xf9\xec\xe5\xed", "iso-8859-8-i", "שלום"),        # Outlook's label of Hebrew
+    (b"\xe5\xd1\xcd\xc8\xc7", "iso-8859-6-i", "مرحبا"),
+    (b"\xca\xc7\xd1\xca\xb4\xd5", "windows-874", "สวัสดี"),
+    (b"\xcf\xf0\xe8\xed\xf2\xe5\xf0", "win-1251", "Принтер"),
+    (b"\xcf\xf0\xe8\xed\xf2\xe5\xf0", "x-cp1251", "Принтер"),
+    (b"\xcf\xf0\xe8\xed\xf2\xe5\xf0", "windows-1251*ru", "Принтер"),
+    (b"Gr\x9a\xa7e", "x-mac-roman", "Größe"),
+    (b"\x1b$BF|K\\\x1b(IQR\x1b(B", "iso-2022-jp", "日本ﾑﾒ"),
+    (b"\x1b$BF|K\\\x1b(B", "cp50220", "日本"),
+    (b"\xc6\xfc\xcb\xdc", "x-euc-jp", "日本"),
     (b"\xb4\xf2 \x9d\xef", "Big5-HKSCS", "湖 嘅"),
     (b"Gr\xef\xbf\xbd\xef\xbf\xbde", "us-ascii", "Gr\ufffd\ufffde"),     # broken before it came
     # A byte that is broken costs a character; Windows-1252 would make rubbish of all of them.
