@@ -1688,6 +1688,7 @@ CODECS = {label: codec for codec, labels in (
     ("utf-8", "us-ascii ascii unknown-8bit x-unknown"),
     ("utf-8", "punycode idna unicode-escape raw-unicode-escape"),
 ) for label in labels.split()}
+ONE_BYTE = re.compile("cp1|cp8|iso8859|koi8|mac")
 MULTIBYTE = re.compile("gb|cp932|cp949|big5|euc|hz|iso2022|johab|utf-16|utf-32")
 
 
@@ -1706,13 +1707,18 @@ def codec_of(charset: str) -> tuple[str, str]:
 
 
 def decode(content: bytes, charset: str | None) -> str:
-    """The text of bytes in the charset claimed, else in UTF-8 or in Windows-1252."""
+    """The text of bytes in the charset claimed, else in UTF-8, else the claimed broken.
+
+    That is Windows-1252 where the claim is none of one byte a character.
+    """
+    codec = ""
     with contextlib.suppress(LookupError, ValueError):
-        return content.decode(*codec_of(charset or "utf-8"))
+        codec, errors = codec_of(charset or "utf-8")
+        return content.decode(codec, errors)
     text = content.decode("utf-8", "replace")
     if re.search("[^\0-\x7f\ufffd]", text):     # UTF-8 but for a broken byte
         return text
-    return content.decode("cp1252", "replace")
+    return content.decode(codec if ONE_BYTE.match(codec) else "cp1252", "replace")
 
 
 def html_to_text(markup: str) -> str:

@@ -412,6 +412,9 @@ DECODE = [
     (b"\x93\xfa\x96{ \x81 ok", "shift_jis", "日本 \ufffd ok"),
     (b"\xb4\xf2\xff ok", "big5", "湖\ufffd ok"),
     (b"\xc6\xfc\xff\xcb\xdc", "euc-jp", "日\ufffd本"),
+    (b"\xcf\xf0\xe8\xed\xf2\xe5\xf0 \x98", "windows-1251", "Принтер \ufffd"),
+    (b"\xf9\xec\xe5\xed \xd9", "windows-1255", "שלום \ufffd"),
+    (b"\xc3\xe5\xe9\xdc \xff", "iso-8859-7", "Γειά \ufffd"),
     (b"Gr\xc3\xb6\xc3\x9fe \xff ok", "utf-8", "Größe \ufffd ok"),
     (b"\x1b$BF|K\\\x1b(B \xff ok", "iso-2022-jp", "日本 \ufffd ok"),
     (b"Gr\xc3\xb6", "iso-2022-jp", "Gr\ufffd\ufffd"),     # seven bits: what has eight is no UTF-8
