@@ -966,7 +966,8 @@ class MimeReader:
 def split_parts(content: memoryview, boundary: str, most: int) -> list[memoryview]:
     """The parts between the lines of a boundary (RFC 2046 5.1.1), at most `most` + 1.
 
-    The line end before a boundary is the boundary's. A missing last line ends nothing.
+    The line end before a boundary is the boundary's. A missing last line ends nothing, nor
+    does one that more parts follow: programs give what is inside the boundary of the whole.
     """
     parts: list[memoryview] = []
     start = 0
@@ -979,8 +980,8 @@ def split_parts(content: memoryview, boundary: str, most: int) -> list[memoryvie
             if content[end - 1:end] == b"\r":
                 end -= 1
             parts.append(content[start:end])
-        start = found.end()
-        if found[1] or len(parts) > most:
+        start = 0 if found[1] else found.end()
+        if len(parts) > most:
             return parts
     if start:
         parts.append(content[start:])

@@ -524,6 +524,9 @@ STRUCTURES = [
     (b"multipart/mixed; boundary=b", EITHER + RICH + b"--b--", "The text.\nIt burns.", []),
     (b"multipart/mixed; boundary=b", LETTER + EITHER.replace(b"The text.", b" ") + b"--b--",
      "The text.\n \nIt burns.", []),
+    # One boundary for what is inside each other.
+    (b"multipart/mixed; boundary=b", EITHER.replace(b"c", b"b") + b"--b\r\n" + FILE + b"--b--",
+     "The text.\nIt burns.", ["a.png"]),
     (b"text/plain; name=a.txt", b"It has a name.", "It has a name.", []),
 ]
 
