@@ -1821,7 +1821,8 @@ def has(names: str, pattern: str, by: Callable[..., str] = keyword) -> Test:
 is_daemon = re.compile("mailer-daemon|mail-daemon|mdaemon").fullmatch
 is_postmaster = re.compile("post[-_.]?master").fullmatch
 is_list_sender = re.compile(
-    "owner-.+|.+[-+]owner(?:[-+].*)?|.+-request|.+-bounces?|bounces?(?:[+=-].*)?|"
+    "owner-.+|.+[-+]owner(?:[-+].*)?|.+-request|.+-bounces?(?:[+=].*)?|"
+    "bounces?(?:[+=-].*)?|"
     ".*noreply.*|(?:.*[-_.+])?no[-_.]repl(?:y|ies).*").fullmatch
 is_robot = re.compile(
     ".*do[-_.]?not[-_.]?reply.*|mailerdaemon|no[-_.]?respond.*|nobody|abuse|root|listserv|"

@@ -771,6 +771,7 @@ ADDRESSES = [
     ("talk+owner@lists.example.org", "withheld"),
     ("talk-request@lists.example.org", "withheld"),
     ("talk-bounces@lists.example.org", "withheld"),
+    ("talk-bounces+ada=customer.example@lists.example.org", "withheld"),
     ("bounce@mailer.example", "withheld"),
     ("bounces@mailer.example", "withheld"),
     ("bounce+17@mailer.example", "withheld"),
@@ -815,6 +816,7 @@ ENVELOPES = [
     ("prvs=0123abcdef=ada@customer.example", "human", "queued"),
     ("SRS0=HHH1=TT=customer.example=ada@forwarder.example", "human", "queued"),
     ("owner-staff@lists.customer.example", "human", "withheld"),
+    ("staff-bounces+ada=customer.example@lists.customer.example", "human", "withheld"),
     ("", "human", "withheld"),  # alone it says that nobody wants an answer, not who wrote
     ("<>", "human", "withheld"),
     ("MAILER-DAEMON@mx.customer.example", "bounce", "withheld"),
