@@ -1978,7 +1978,8 @@ def classify(message: Message, post: Post) -> Filing:
 
 
 # name → word that is taken off; "" = whatever it says.
-LIST_STAMPS = dict.fromkeys(f"{LIST_HEADERS} {BULK_HEADERS}".split(), "") | {
+LIST_STAMPS = dict.fromkeys(LIST_HEADERS.split(), "") | {
+    "list-unsubscribe": "", "list-unsubscribe-post": "",
     "precedence": "list", "x-precedence": "list"}
 FORWARDER_STAMPS = LIST_STAMPS | {
     "x-ms-exchange-inbox-rules-loop": "", "auto-submitted": "auto-generated",

@@ -475,6 +475,13 @@ def test_a_header_alone_decides_or_does_not(bare, name, value, kind):
     assert fate(bare, mail) == (kind, "queued" if kind == "human" else "withheld")
 
 
+@pytest.mark.parametrize("name", ["Feedback-ID", "X-CampaignID", "X-CSA-Complaints"])
+def test_a_list_of_our_own_hides_no_mass_mailing(bare, name):
+    ours = {"List-Id": "<support.helpdesk.example>", "List-Unsubscribe": "<mailto:off@x.example>"}
+    assert fate(bare, bare.mail(headers=ours)) == ("human", "queued")
+    assert fate(bare, bare.mail(headers=ours | {name: "88-1"})) == ("bulk", "withheld")
+
+
 AGENT = {"X-MS-Exchange-Generated-Message-Source": "Mailbox Rules Agent"}
 RESENT = {"Resent-From": "team@customer.example", "Resent-To": "support@helpdesk.example"}
 ALL, NULL = {"X-Auto-Response-Suppress": "All"}, {"from": ""}
