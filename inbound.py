@@ -1933,10 +1933,10 @@ SIGNS: tuple[tuple[str, Test, str], ...] = (
     ("machine", has("x-arf feedback-type", "(?!no$).+"),
      "an abuse report (X-ARF, RFC 5965)"),
     ("list", has("precedence x-precedence", "list"), "Precedence: list (RFC 3834 2)"),
-    ("list", has(LIST_HEADERS, ".*"), "a mailing list's header (RFC 2919, RFC 5230 4.6)"),
+    ("list", has(LIST_HEADERS, ".+"), "a mailing list's header (RFC 2919, RFC 5230 4.6)"),
     ("bulk", has("precedence x-precedence", r"(?:bulk|junk)\b.*"),
      "Precedence: bulk or junk (RFC 3834 2)"),
-    ("bulk", has(BULK_HEADERS, ".*"), "a mass mailing's header"),
+    ("bulk", has(BULK_HEADERS, ".+"), "a mass mailing's header"),
     # From here on it is a person's mail that is not confirmed; the last row's is.
     ("human", lambda mail: mail.is_null, "the envelope sender is null (RFC 3834 2)"),
     ("human", lambda mail: (is_robot(mail.author) or is_postmaster(mail.author)

@@ -444,6 +444,9 @@ HEADERS = [
     ("X-ARF", "yes", "machine"),
     ("Feedback-Type", "abuse", "machine"),
     ("Feedback-Type", "opt-out", "machine"),
+    ("List-Id", "", "human"),           # some providers post all that they know, empty or not
+    ("List-Unsubscribe", " ", "human"),
+    ("Feedback-ID", "", "human"),
     ("List-Id", "Talk <talk.lists.example.org>", "list"),
     ("List-Id", "talk.lists.example.org", "list"),
     ("List-Id", "Support <support.helpdesk.example>", "human"),
