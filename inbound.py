@@ -1837,7 +1837,9 @@ is_vacation = re.compile(
     "respuesta automática|resposta automática|fuori sede|risposta automatica|"
     "automatiskt? svar|frånvaro|automatisch antwoord|automaattinen vastaus|"
     "automatická odpověď|automatikus válasz|automatyczna odpowiedź|"
-    "автоматический ответ|自動応答|自动回复|自動回覆"
+    "automatická odpoveď|automatski odgovor|otomatik yanıt|răspuns automat|"
+    "αυτόματη απάντηση|автоматич(?:еский ответ|на відповідь)|"
+    "自動応答|自动(?:回复|答复)|自動回覆|자동 회신"
     r")\s*(?:[:：].*|$)|(?:\[[^\]]*\]\s*)*auto\s*[:：].*|"
     r".* is out of the office(?:\.| until .*| ?\(returning.*)?)", re.I).fullmatch
 may_be_vacation = re.compile(

@@ -608,6 +608,14 @@ SUBJECTS = [
     ("自動応答: プリンター", "auto-reply"),
     ("自動応答：プリンター", "auto-reply"),  # with a full-width colon
     ("自动回复: 打印机", "auto-reply"),
+    ("自动答复: 打印机", "auto-reply"),     # Exchange's own words in each language, from here
+    ("자동 회신: 프린터", "auto-reply"),
+    ("Otomatik yanıt: yazıcı", "auto-reply"),
+    ("Răspuns automat: imprimantă", "auto-reply"),
+    ("Αυτόματη απάντηση: εκτυπωτής", "auto-reply"),
+    ("Автоматична відповідь: принтер", "auto-reply"),
+    ("Автоматический ответ: принтер", "auto-reply"),
+    ("Automatická odpoveď: tlačiareň", "auto-reply"),
     ("=?utf-8?B?6Ieq5Yqo5Zue5aSNOiDmiZPljbDmnLo=?=", "auto-reply"),  # the same, still encoded
     ("Re: Automatic reply: Printer", "human"),  # that is how a person answers one
     ("RE: re: Automatic reply: Printer", "human"),
