@@ -2918,14 +2918,16 @@ def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, s
     name = one_line(name or account["display_name"] or "").replace("=?", "= ?")
     subject = subject.replace("=?", "= ?")
     ours = account["address"]
+    # 128 random bits; the message row, not the id, says which ticket.
+    own_id = f"<{secrets.token_hex(16)}@{ours.rpartition('@')[2].lower()}>"
+    # Amazon SES and others write an id of their own; a reply names what stands here, too.
+    line = [*known, own_id] if TOLD in extra else known
     mail = email.message.EmailMessage(Verbatim())
     for header, value in {
             "From": email.utils.formataddr((name, ours)), "To": recipient,
             "Subject": subject, "Date": email.utils.formatdate(now),
-            # 128 random bits; the message row, not the id, says which ticket.
-            "Message-ID": f"<{secrets.token_hex(16)}@{ours.rpartition('@')[2].lower()}>",
-            "In-Reply-To": "".join(parents), "References": " ".join(known),
-            **extra}.items():
+            "Message-ID": own_id, "In-Reply-To": "".join(parents),
+            "References": " ".join(line), **extra}.items():
         if value:
             mail[header] = value
     # Quoted-printable is what people can read, and takes up to 2 s a megabyte.
