@@ -870,6 +870,8 @@ def items_of(value: Any) -> list[Any]:
 MBOX = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:>?From [^\n]*\n)*")
 END_OF_HEAD = re.compile(rb"(?m)^[ \t]*\r?\n|\Z")           # a line of blanks is an end too
 HEADER_LINE = re.compile(r"(?s)\A(?:([!-9;-~]+)[ \t]*:)?(.*)")     # RFC 5322 4.5: blanks
+# RFC 2045 5.1: a type, without the blanks and comments that may stand in and behind it.
+TYPE = re.compile(r"\A\s*([\w.+-]+)(?:\s*(/)\s*([\w.+-]+))?\s*(?:[(,][^;]*)?(?=;|\Z)", re.A)
 SHOWN = re.compile("text/(?:plain|html)|multipart/.*")          # as far as it is inline
 
 
@@ -997,8 +999,9 @@ def content_headers(headers: Headers) -> email.message.Message:
     for name, value in headers:
         if name[:8].lower() == "content-":
             value = CONTROLS.sub(" ", header_text(value, None))
+            value = TYPE.sub(r"\1\2\3", value[:9999])
             # Its parameters are read in quadratic time.
-            fields[name] = ";".join(value[:9999].split(";")[:99])
+            fields[name] = ";".join(value.split(";")[:99])
     for name in ("Content-Type", "Content-Disposition"):
         try:
             for _, parameter in fields.get_params([], name):
@@ -1024,7 +1027,7 @@ def header_text(value: str, charset: str | None) -> str:
 
 def transfer_decoded(fields: email.message.Message, content: memoryview) -> bytes:
     """A part's content without base64 or quoted-printable (RFC 2045 6), else as it is."""
-    encoding = str(fields.get("Content-Transfer-Encoding")).lower()
+    encoding = str(fields.get("Content-Transfer-Encoding")).lower().strip("; ")
     if encoding == "base64":
         return base64_decoded(content)
     return binascii.a2b_qp(content) if encoding == "quoted-printable" else bytes(content)

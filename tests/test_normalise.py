@@ -524,6 +524,12 @@ STRUCTURES = [
     (b"multipart/mixed; boundary=b", EITHER + RICH + b"--b--", "The text.\nIt burns.", []),
     (b"multipart/mixed; boundary=b", LETTER + EITHER.replace(b"The text.", b" ") + b"--b--",
      "The text.\n \nIt burns.", []),
+    # RFC 2045 5.1 and 6.1: comments, and what is no comment but seen.
+    (b"text/plain (a (nested) comment); charset=utf-8", b"The text.", "The text.", []),
+    (b"text / plain; charset=utf-8", b"The text.", "The text.", []),
+    (b"text/plain, charset=utf-8", b"The text.", "The text.", []),
+    (b"text/plain\r\nContent-Transfer-Encoding: base64 (so)", b"VGhlIHRleHQu", "The text.", []),
+    (b"text/plain\r\nContent-Transfer-Encoding: base64;", b"VGhlIHRleHQu", "The text.", []),
     # One boundary for what is inside each other.
     (b"multipart/mixed; boundary=b", EITHER.replace(b"c", b"b") + b"--b\r\n" + FILE + b"--b--",
      "The text.\nIt burns.", ["a.png"]),
