@@ -1707,7 +1707,30 @@ def codec_of(charset: str) -> tuple[str, str]:
     label = re.sub("[^a-z0-9]+", "-", charset).strip("-")
     label = CODECS.get(label, re.sub("^(?:cp-|x-cp|win-)", "cp", label))
     name = codecs.lookup(label).name
+    if name.startswith("iso2022_jp"):
+        return name, "nec"
     return name, "replace" if MULTIBYTE.match(name) else "strict"
+
+
+@functools.cache
+def nec_character(code: bytes) -> str:
+    """One that NEC added to JIS X 0208, by its Shift JIS: ①, ㈱ and 髙 in ISO-2022-JP.
+
+    Python's codec knows the standard alone; mail programs write what Windows has.
+    """
+    if len(code) != 2 or max(code) > 126:
+        return "\ufffd"
+    row, cell = code
+    cell += 31 + (cell > 95) if row % 2 else 126
+    lead = (row + 1) // 2 + (112 if row < 95 else 176)
+    return bytes([lead, cell]).decode("cp932", "replace")
+
+
+def as_nec(error: Any) -> tuple[str, int]:
+    return nec_character(error.object[error.start:error.end]), error.end
+
+
+codecs.register_error("nec", as_nec)
 
 
 def decode(content: bytes, charset: str | None) -> str:

@@ -403,6 +403,7 @@ DECODE = [
     (b"Gr\x9a\xa7e", "x-mac-roman", "Größe"),
     (b"\x1b$BF|K\\\x1b(IQR\x1b(B", "iso-2022-jp", "日本ﾑﾒ"),
     (b"\x1b$BF|K\\\x1b(B", "cp50220", "日本"),
+    (b"\x1b$B-!-j|bF|\x1b(B a", "iso-2022-jp", "①㈱髙日 a"),     # of NEC, not of the standard
     (b"\xc6\xfc\xcb\xdc", "x-euc-jp", "日本"),
     (b"\xb4\xf2 \x9d\xef", "Big5-HKSCS", "湖 嘅"),
     (b"Gr\xef\xbf\xbd\xef\xbf\xbde", "us-ascii", "Gr\ufffd\ufffde"),     # broken before it came
@@ -478,11 +479,13 @@ def test_the_body_s_charset_is_that_of_its_first_text(bare):
     assert shown(bare, mail, "raw")["subject"] == "Принтер"
 
 
-@pytest.mark.parametrize("charset", [b"punycode", b"idna", b"utf-7", b"unicode_escape", b"utf-16"])
+@pytest.mark.parametrize("charset", [b"punycode", b"idna", b"utf-7", b"unicode_escape", b"utf-16",
+                                     b"iso-2022-jp"])
 def test_no_charset_makes_decoding_slow(bare, charset):
-    start = time.process_time()
-    shown(bare, raw(kind=b"text/plain; charset=" + charset, body=b"a-" * 500_000), "raw")
-    assert time.process_time() - start < 2
+    for body in (b"a-" * 500_000, b"\x1b$B" + b"-!" * 500_000):
+        start = time.process_time()
+        shown(bare, raw(kind=b"text/plain; charset=" + charset, body=body), "raw")
+        assert time.process_time() - start < 2
 
 
 # MIME ---------------------------------------------------------------------------------------------
