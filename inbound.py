@@ -1712,13 +1712,13 @@ def codec_of(charset: str) -> tuple[str, str]:
     return name, "replace" if MULTIBYTE.match(name) else "strict"
 
 
-@functools.cache
+@functools.lru_cache(10_000)
 def nec_character(code: bytes) -> str:
     """One that NEC added to JIS X 0208, by its Shift JIS: ①, ㈱ and 髙 in ISO-2022-JP.
 
     Python's codec knows the standard alone; mail programs write what Windows has.
     """
-    if len(code) != 2 or max(code) > 126:
+    if not re.fullmatch(b"[!-~]{2}", code):
         return "\ufffd"
     row, cell = code
     cell += 31 + (cell > 95) if row % 2 else 126
