@@ -872,6 +872,7 @@ END_OF_HEAD = re.compile(rb"(?m)^[ \t]*\r?\n|\Z")           # a line of blanks i
 HEADER_LINE = re.compile(r"(?s)\A(?:([!-9;-~]+)[ \t]*:)?(.*)")     # RFC 5322 4.5: blanks
 # RFC 2045 5.1: a type, without the blanks and comments that may stand in and behind it.
 TYPE = re.compile(r"\A\s*([\w.+-]+)(?:\s*(/)\s*([\w.+-]+))?\s*(?:[(,][^;]*)?(?=;|\Z)", re.A)
+META = re.compile(rb"(?i)<meta\b[^<>]{0,200}?\bcharset\s*=\s*[\"']?([\w-]+)")
 SHOWN = re.compile("text/(?:plain|html)|multipart/.*")          # as far as it is inline
 
 
@@ -891,8 +892,12 @@ def mail_of_mime(content: bytes) -> Mail:
     for fields, part, choice in leaves:
         decoded = transfer_decoded(fields, part)
         if fields in texts:
-            words = decode(decoded, fields.get_content_charset())
-            shown.append((choice, fields.get_content_type() == "text/html", words))
+            is_html = fields.get_content_type() == "text/html"
+            claimed = fields.get_content_charset()
+            meta = META.search(decoded[:1024])      # so far browsers look
+            if is_html and meta and not claimed:
+                claimed = meta[1].decode()
+            shown.append((choice, is_html, decode(decoded, claimed)))
         else:
             attachments.append(file_of(fields, decoded))
     text = [words for _, is_html, words in shown if not is_html]

@@ -533,6 +533,10 @@ STRUCTURES = [
     (b"text/plain, charset=utf-8", b"The text.", "The text.", []),
     (b"text/plain\r\nContent-Transfer-Encoding: base64 (so)", b"VGhlIHRleHQu", "The text.", []),
     (b"text/plain\r\nContent-Transfer-Encoding: base64;", b"VGhlIHRleHQu", "The text.", []),
+    (b"text/html", b'<meta charset="windows-1251"><p>\xcf\xf0\xe8\xed\xf2\xe5\xf0', "Принтер", []),
+    (b"text/html", b'<meta http-equiv=Content-Type content="text/html; charset=gb2312">\xb4\xf2',
+     "打", []),
+    (b"text/html; charset=utf-8", b"<meta charset=gb2312>Gr\xc3\xb6\xc3\x9fe", "Größe", []),
     # One boundary for what is inside each other.
     (b"multipart/mixed; boundary=b", EITHER.replace(b"c", b"b") + b"--b\r\n" + FILE + b"--b--",
      "The text.\nIt burns.", ["a.png"]),
