@@ -2909,11 +2909,15 @@ def sent_lately(db: DB, now: int, purpose: str, to: Any, column: str = "mailbox"
 
 
 def domain_key(mailbox: str) -> str:
-    """Whose domain it is, without sub-domains: two labels, or three as in example.co.uk."""
+    """Whose domain it is, without sub-domains: two labels, or three as in example.co.uk.
+
+    A large provider's sub-domain is a customer's: Ada has all of ada.fastmail.com.
+    """
     is_shared = re.search(
         r"\.(?:com?|org|net|gov|edu|ac|or|ne|go|gob|gv|nom)\.[^.]{2}$", mailbox)
-    labels = mailbox.rpartition("@")[2].split(".")
-    return ".".join(labels[-3 if is_shared else -2:])
+    domain = mailbox.rpartition("@")[2]
+    owner = ".".join(domain.split(".")[-3 if is_shared else -2:])
+    return domain if owner in LARGE_PROVIDERS else owner
 
 
 def deliverable(address: str) -> str:
