@@ -1406,6 +1406,8 @@ def normalise(mail: Mail, is_strict: bool) -> Message:
                for name, value in headers_of(mail, fields, is_strict, faults)]
     envelope_from = envelope_sender(fields["envelope"], faults)
     from_count, name, address = author_of(fields["from"], envelope_from, faults, notes)
+    # RFC 5322 3.6: one From; mail programs differ in which of two they show.
+    from_count += len(header_values(headers, "from")[1:])
     subject = one_line(fields["subject"]) or "(no subject)"
     text, markup = fields["text"], fields["html"]
     attachments = [attachment_of(item) for item in fields["attachments"][:MAX_PARTS]]
@@ -1428,13 +1430,13 @@ def normalise(mail: Mail, is_strict: bool) -> Message:
         message_id=message_id, digest=digest,
         in_reply_to=ids_of(fields["in_reply_to"] or header_values(headers, "in-reply-to")),
         references=ids_of(fields["references"] or header_values(headers, "references")),
-        from_address=address, from_count=from_count, envelope_from=envelope_from,
+        from_address=address, envelope_from=envelope_from,
         from_name=one_line(fields["from_name"]) or name,
         to=[address for _, address in mailboxes_of(fields["to"])],
         cc=[address for _, address in mailboxes_of(fields["cc"])],
         subject=subject, text=text, html=markup or None,
         headers=headers, notes=notes, attachments=attachments,
-        verdict=str(mail.get("verdict") or "")[:500])
+        from_count=from_count, verdict=str(mail.get("verdict") or "")[:500])
 
 
 def typed(mail: Mail, faults: Faults) -> Mail:

@@ -7,7 +7,7 @@ both doors, as a raw message and as JSON, and has to come to the same by each.
 import base64
 
 import pytest
-from doors import DOORS, by_both_doors, deliver
+from doors import DOORS, by_both_doors, deliver, raw_of
 
 from conftest import HERE
 
@@ -865,6 +865,14 @@ BESIDE_NULL = [
 @pytest.mark.parametrize("fields, kind", BESIDE_NULL)
 def test_a_null_path_beside_another_sign_is_what_the_other_says(bare, fields, kind):
     assert fate(bare, bare.mail(envelope={"from": ""}, **fields)) == (kind, "withheld")
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_two_headers_from_are_two_authors(bare, door):
+    headers = [["From", "ada@customer.example"], ["From", "bob@customer.example"]]
+    mail = raw_of({"headers": headers, "message_id": "<two@customer.example>", "text": "It burns."})
+    answer = deliver(bare, mail, door)
+    assert (answer["kind"], answer["confirmation"]) == ("human", "withheld")
 
 
 @pytest.mark.parametrize("fields", [{"from": "noreply@shop.example"}, {"envelope": {"from": ""}},
