@@ -868,6 +868,7 @@ def items_of(value: Any) -> list[Any]:
 
 # The first two match everywhere, if only nothing, or the end.
 MBOX = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:>?From [^\n]*\n)*")
+BROKEN_END = re.compile(rb"[^\r\n]*(\r\r\n|\r(?=[^\n]*\Z))")
 END_OF_HEAD = re.compile(rb"(?m)^[ \t]*\r?\n|\Z")           # a line of blanks is an end too
 HEADER_LINE = re.compile(r"(?s)\A(?:([!-9;-~]+)[ \t]*:)?(.*)")     # RFC 5322 4.5: blanks
 # RFC 2045 5.1: a type, without the blanks and comments that may stand in and behind it.
@@ -878,6 +879,9 @@ SHOWN = re.compile("text/(?:plain|html)|multipart/.*")          # as far as it i
 
 def mail_of_mime(content: bytes) -> Mail:
     """The canonical dict of a raw mail; what stands in its headers is left there."""
+    # Line ends that lost or won something on the way: all of the mail would be headers.
+    if end := BROKEN_END.match(content):
+        content = content.replace(end[1], b"\n")
     start = next(MBOX.finditer(content)).end()
     reader = MimeReader()
     raw_headers, body = reader.head_of(memoryview(content)[start:])

@@ -545,7 +545,7 @@ STRUCTURES = [
 
 
 @pytest.mark.parametrize("kind, body, text, names", STRUCTURES)
-@pytest.mark.parametrize("line_end", [b"\r\n", b"\n"])
+@pytest.mark.parametrize("line_end", [b"\r\n", b"\n", b"\r", b"\r\r\n"])
 def test_a_mail_is_taken_apart_as_it_was_put_together(bare, kind, body, text, names, line_end):
     mail = raw(kind=kind, body=body).replace(b"\r\n", line_end)
     found = shown(bare, mail, "raw")
