@@ -866,9 +866,9 @@ def items_of(value: Any) -> list[Any]:
 # megabyte of short lines, and ends the headers at the first line that is none. Here regular
 # expressions cut views of the same bytes; email.message reads the parameters.
 
+BROKEN_END = re.compile(rb"[^\r\n]*(\r\r\n|\r(?=[^\n]*\Z))")
 # The first two match everywhere, if only nothing, or the end.
 MBOX = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:>?From [^\n]*\n)*")
-BROKEN_END = re.compile(rb"[^\r\n]*(\r\r\n|\r(?=[^\n]*\Z))")
 END_OF_HEAD = re.compile(rb"(?m)^[ \t]*\r?\n|\Z")           # a line of blanks is an end too
 HEADER_LINE = re.compile(r"(?s)\A(?:([!-9;-~]+)[ \t]*:)?(.*)")     # RFC 5322 4.5: blanks
 # RFC 2045 5.1: a type, without the blanks and comments that may stand in and behind it.
