@@ -877,38 +877,56 @@ def items_of(value: Any) -> list[Any]:
 # megabyte of short lines, and ends the headers at the first line that is none. Here regular
 # expressions cut views of the same bytes; email.message reads the parameters.
 
+BROKEN_END = re.compile(rb"[^\r\n]*(\r\r\n|\r(?=[^\n]*\Z))")
 # The first two match everywhere, if only nothing, or the end.
 MBOX = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:>?From [^\n]*\n)*")
 END_OF_HEAD = re.compile(rb"(?m)^[ \t]*\r?\n|\Z")           # a line of blanks is an end too
 HEADER_LINE = re.compile(r"(?s)\A(?:([!-9;-~]+)[ \t]*:)?(.*)")     # RFC 5322 4.5: blanks
+# RFC 2045 5.1: a type, without the blanks and comments that may stand in and behind it.
+TYPE = re.compile(r"\A\s*([\w.+-]+)(?:\s*(/)\s*([\w.+-]+))?\s*(?:[(,][^;]*)?(?=;|\Z)", re.A)
+META = re.compile(rb"(?i)<meta\b[^<>]{0,200}?\bcharset\s*=\s*[\"']?([\w-]+)")
 SHOWN = re.compile("text/(?:plain|html)|multipart/.*")          # as far as it is inline
 
 
 def mail_of_mime(content: bytes) -> Mail:
     """The canonical dict of a raw mail; what stands in its headers is left there."""
+    # Line ends that lost or won something on the way: all of the mail would be headers.
+    if end := BROKEN_END.match(content):
+        content = content.replace(end[1], b"\n")
     start = next(MBOX.finditer(content)).end()
     reader = MimeReader()
     raw_headers, body = reader.head_of(memoryview(content)[start:])
     leaves = [*reader.leaves(raw_headers, body)]
-    inline = [fields for fields, _ in leaves
+    inline = [fields for fields, *_ in leaves
               if SHOWN.fullmatch(fields.get_content_type())
               and fields.get_content_disposition() != "attachment"]
     # RFC 2183 2.1: inline is shown; a named one when there is no other.
     texts = [fields for fields in inline if fields.get_filename() is None] or inline
-    text: list[str] = []
-    markup: list[str] = []
+    shown: list[tuple[int, bool, str]] = []     # (choice, whether it is HTML, words)
     attachments = []
-    for fields, part in leaves:
+    for fields, part, choice in leaves:
         decoded = transfer_decoded(fields, part)
         if fields in texts:
-            pieces = markup if fields.get_content_type() == "text/html" else text
-            pieces.append(decode(decoded, fields.get_content_charset()))
+            is_html = fields.get_content_type() == "text/html"
+            claimed = fields.get_content_charset()
+            meta = META.search(decoded[:1024])      # so far browsers look
+            if is_html and meta and not claimed:
+                claimed = meta[1].decode()
+            shown.append((choice, is_html, decode(decoded, claimed)))
         else:
             attachments.append(file_of(fields, decoded))
+    text = [words for _, is_html, words in shown if not is_html]
+    markup = [words for _, is_html, words in shown if is_html]
     charset = texts[0].get_content_charset() if texts else None
     mail: Mail = {
         "headers": [[name, header_text(value, charset)] for name, value in raw_headers],
         "text": "\n".join(text), "html": "\n".join(markup), "attachments": attachments}
+    # RFC 2046 5.1.4: HTML is left to programs that show it where there is the same as text.
+    read = {choice for choice, is_html, words in shown if not is_html and words.strip()}
+    lone = [words for choice, is_html, words in shown if is_html and choice not in read]
+    if read and lone:
+        text.insert(0 if shown[0][1] else len(text), html_to_text("\n".join(lone)))
+        mail["shown"] = "\n".join(text)
     if reader.cut:
         mail["whole"] = (reader.cut, "message.eml", "message/rfc822", content)
     return mail
@@ -940,8 +958,11 @@ class MimeReader:
         return headers, content[end:]
 
     def leaves(self, headers: Headers, body: memoryview, default: str = "text/plain",
-               depth: int = 0) -> Iterator[tuple[email.message.Message, memoryview]]:
-        """(Content- headers, body) of all that is in a part and holds no parts itself."""
+               depth: int = 0, choice: int = 0) -> Iterator[tuple[Any, memoryview, int]]:
+        """(Content- headers, body, choice) of all in a part that holds no parts itself.
+
+        What one multipart/alternative holds has one number as its choice.
+        """
         fields = content_headers(headers)
         fields.set_default_type(default)
         kind = fields.get_content_type()
@@ -950,8 +971,10 @@ class MimeReader:
         if parts and depth == MAX_DEPTH:
             self.cut = f"more than {MAX_DEPTH} multiparts inside each other"
             parts = []
+        if kind == "multipart/alternative":
+            choice = choice or self.parts
         if not parts:
-            yield fields, body
+            yield fields, body, choice or self.parts
         # RFC 2046 5.1.5: what a digest holds is a mail unless it says otherwise.
         default = "message/rfc822" if kind == "multipart/digest" else "text/plain"
         for part in parts:
@@ -959,13 +982,14 @@ class MimeReader:
                 self.cut = f"more than {MAX_PARTS} parts"
                 break
             self.parts -= 1
-            yield from self.leaves(*self.head_of(part), default, depth + 1)
+            yield from self.leaves(*self.head_of(part), default, depth + 1, choice)
 
 
 def split_parts(content: memoryview, boundary: str, most: int) -> list[memoryview]:
     """The parts between the lines of a boundary (RFC 2046 5.1.1), at most `most` + 1.
 
-    The line end before a boundary is the boundary's. A missing last line ends nothing.
+    The line end before a boundary is the boundary's. A missing last line ends nothing, nor
+    does one that more parts follow: programs give what is inside the boundary of the whole.
     """
     parts: list[memoryview] = []
     start = 0
@@ -978,8 +1002,8 @@ def split_parts(content: memoryview, boundary: str, most: int) -> list[memoryvie
             if content[end - 1:end] == b"\r":
                 end -= 1
             parts.append(content[start:end])
-        start = found.end()
-        if found[1] or len(parts) > most:
+        start = 0 if found[1] else found.end()
+        if len(parts) > most:
             return parts
     if start:
         parts.append(content[start:])
@@ -995,8 +1019,9 @@ def content_headers(headers: Headers) -> email.message.Message:
     for name, value in headers:
         if name[:8].lower() == "content-":
             value = CONTROLS.sub(" ", header_text(value, None))
+            value = TYPE.sub(r"\1\2\3", value[:9999])
             # Its parameters are read in quadratic time.
-            fields[name] = ";".join(value[:9999].split(";")[:99])
+            fields[name] = ";".join(value.split(";")[:99])
     for name in ("Content-Type", "Content-Disposition"):
         try:
             for _, parameter in fields.get_params([], name):
@@ -1022,7 +1047,7 @@ def header_text(value: str, charset: str | None) -> str:
 
 def transfer_decoded(fields: email.message.Message, content: memoryview) -> bytes:
     """A part's content without base64 or quoted-printable (RFC 2045 6), else as it is."""
-    encoding = str(fields.get("Content-Transfer-Encoding")).lower()
+    encoding = str(fields.get("Content-Transfer-Encoding")).lower().strip("; ")
     if encoding == "base64":
         return base64_decoded(content)
     return binascii.a2b_qp(content) if encoding == "quoted-printable" else bytes(content)
@@ -1396,6 +1421,8 @@ def normalise(mail: Mail, is_strict: bool) -> Message:
                for name, value in headers_of(mail, fields, is_strict, faults)]
     envelope_from = envelope_sender(fields["envelope"], faults)
     from_count, name, address = author_of(fields["from"], envelope_from, faults, notes)
+    # RFC 5322 3.6: one From; mail programs differ in which of two they show.
+    from_count += len(header_values(headers, "from")[1:])
     subject = one_line(fields["subject"]) or "(no subject)"
     text, markup = fields["text"], fields["html"]
     attachments = [attachment_of(item) for item in fields["attachments"][:MAX_PARTS]]
@@ -1410,21 +1437,21 @@ def normalise(mail: Mail, is_strict: bool) -> Message:
         cut, filename, kind, content = mail["whole"]
         attachments.append(Attachment(filename, kind, "", content))
         notes.append(f"{cut}: the whole of it is attached as {filename}")
-    if not text or text.isspace():
-        text = html_to_text(markup)
+    if "shown" in mail or not text or text.isspace():
+        text = mail.get("shown") or html_to_text(markup)
         if len(markup) > MAX_HTML:
             notes.append(f"the text is made of at most {MAX_HTML} characters of the HTML")
     return Message(
         message_id=message_id, digest=digest,
         in_reply_to=ids_of(fields["in_reply_to"] or header_values(headers, "in-reply-to")),
         references=ids_of(fields["references"] or header_values(headers, "references")),
-        from_address=address, from_count=from_count, envelope_from=envelope_from,
+        from_address=address, envelope_from=envelope_from,
         from_name=one_line(fields["from_name"]) or name,
         to=[address for _, address in mailboxes_of(fields["to"])],
         cc=[address for _, address in mailboxes_of(fields["cc"])],
         subject=subject, text=text, html=markup or None,
         headers=headers, notes=notes, attachments=attachments,
-        verdict=str(mail.get("verdict") or "")[:500])
+        from_count=from_count, verdict=str(mail.get("verdict") or "")[:500])
 
 
 def typed(mail: Mail, faults: Faults) -> Mail:
@@ -1672,14 +1699,22 @@ def decoded_words(run: re.Match[str]) -> str:
 # them.
 CODECS = {label: codec for codec, labels in (
     ("cp1252", "iso-8859-1 iso8859-1 latin1 latin-1"), ("cp1254", "iso-8859-9"),
-    ("cp874", "iso-8859-11 tis-620"),
-    ("gb18030", "gb2312 gb-2312-80 gbk x-gbk euc-cn cp936"),
-    ("cp949", "euc-kr ks-c-5601-1987 ks-c-5601 ksc5601 korean windows-949"),
+    ("cp874", "iso-8859-11 tis-620 windows-874 dos-874"),
+    ("iso8859-6", "iso-8859-6-i iso-8859-6-e"),
+    ("iso8859-8", "iso-8859-8-i iso-8859-8-e logical visual"),
+    ("koi8-u", "koi8-ru"), ("mac-roman", "x-mac-roman mac"),
+    ("mac-cyrillic", "x-mac-cyrillic x-mac-ukrainian"),
+    ("gb18030", "gb2312 gb-2312 gb-2312-80 csgb2312 gbk x-gbk euc-cn cp936"),
+    ("cp949", "euc-kr cseuckr ks-c-5601-1987 ks-c-5601-1989 ks-c-5601 ksc5601 korean "
+              "windows-949"),
+    ("iso2022-jp-ext", "iso-2022-jp csiso2022jp iso-2022-jp-ms cp50220 cp50221"),
+    ("euc-jp", "x-euc-jp eucjp-ms eucjp-win"),
     ("cp932", "shift-jis sjis x-sjis windows-31j ms-kanji"),
     ("big5hkscs", "big5 x-x-big5 cn-big5"),
     ("utf-8", "us-ascii ascii unknown-8bit x-unknown"),
     ("utf-8", "punycode idna unicode-escape raw-unicode-escape"),
 ) for label in labels.split()}
+ONE_BYTE = re.compile("cp1|cp8|iso8859|koi8|mac")
 MULTIBYTE = re.compile("gb|cp932|cp949|big5|euc|hz|iso2022|johab|utf-16|utf-32")
 
 
@@ -1690,20 +1725,26 @@ def codec_of(charset: str) -> tuple[str, str]:
     A label of several bytes a character is believed all the same, any other is not.
     LookupError when nobody knows it.
     """
-    label = re.sub("[^a-z0-9]+", "-", charset.lower()[:100]).strip("-")
-    label = CODECS.get(label, re.sub("^cp-", "cp", label))
+    charset = charset.lower()[:100].partition("*")[0]       # RFC 2231 5: and a language
+    label = re.sub("[^a-z0-9]+", "-", charset).strip("-")
+    label = CODECS.get(label, re.sub("^(?:cp-|x-cp|win-)", "cp", label))
     name = codecs.lookup(label).name
     return name, "replace" if MULTIBYTE.match(name) else "strict"
 
 
 def decode(content: bytes, charset: str | None) -> str:
-    """The text of bytes in the charset claimed, else in UTF-8 or in Windows-1252."""
+    """The text of bytes in the charset claimed, else in UTF-8, else the claimed broken.
+
+    That is Windows-1252 where the claim is none of one byte a character.
+    """
+    codec = ""
     with contextlib.suppress(LookupError, ValueError):
-        return content.decode(*codec_of(charset or "utf-8"))
+        codec, errors = codec_of(charset or "utf-8")
+        return content.decode(codec, errors)
     text = content.decode("utf-8", "replace")
     if re.search("[^\0-\x7f\ufffd]", text):     # UTF-8 but for a broken byte
         return text
-    return content.decode("cp1252", "replace")
+    return content.decode(codec if ONE_BYTE.match(codec) else "cp1252", "replace")
 
 
 def html_to_text(markup: str) -> str:
@@ -1727,7 +1768,10 @@ def verbatim(preformatted: re.Match[str]) -> str:
 
 def with_link(found: re.Match[str]) -> str:
     """The text of a link and, unless it says so itself, where it leads."""
-    _, link, text = found.groups()
+    _, written, text = found.groups()
+    # In an attribute `&copy=` is no character to browsers; to html.unescape it is one.
+    link = re.sub(r"&(?!#|\w+;)", "&amp;", written)
+    text = text.replace(written, link)
     return text if link in text or link[0] == "#" else f"{text} ({link})"
 
 
@@ -1735,13 +1779,14 @@ def with_link(found: re.Match[str]) -> str:
 # has no end is text before its attributes are looked for: nothing is ever looked at twice.
 VERBATIM = str.maketrans({" ": "\0", "\t": "\1", "\n": "<br>"})     # for blanks that count
 MARKUP: tuple[tuple[str, Any], ...] = (
-    (r"<!--(?:>|.*?-->|.*)|<(script|style|title)\b(?:.*?</\1\s*>|.*)", ""),
+    (r"<!--(?:-?>|.*?--!?>|.*)|<(script|style|title)\b(?:.*?</\1\s*>|.*)", ""),
     (r"<pre\b[^<>]*>.*?(?:</pre\s*>|\Z)", verbatim),
     (r"\s+", " "),
     (r"""<img\b(?=[^<>]*>)[^<>]*?\salt\s*=\s*(["']?)([^<>]*?)\1(?:\s[^<>]*)?/?>""", r"\2"),
     (r"</?t[dh]\b[^<>]*>", " "),
-    (r"</?(?:address|article|aside|blockquote|br|caption|dd|div|dl|dt|figcaption|figure|"
-     r"footer|form|h[1-6]|header|hr|li|main|nav|ol|p|pre|section|table|tr|ul)\b[^<>]*>",
+    (r"</?(?:address|article|aside|blockquote|br|caption|center|dd|details|div|dl|dt|"
+     r"fieldset|figcaption|figure|footer|form|h[1-6]|header|hr|legend|li|main|nav|ol|"
+     r"option|p|pre|section|summary|table|tr|ul)\b[^<>]*>",
      "\n"),
     (r"<(?!/?a\b)[/!?a-z][^<>]*>", ""),
     (r"""<a\b(?=[^<>]*>)[^<>]*?\shref\s*=\s*(["']?)(?:mailto:)?([^<>]*?)\1(?:\s[^<>]*)?>"""
@@ -1801,7 +1846,8 @@ def has(names: str, pattern: str, by: Callable[..., str] = keyword) -> Test:
 is_daemon = re.compile("mailer-daemon|mail-daemon|mdaemon").fullmatch
 is_postmaster = re.compile("post[-_.]?master").fullmatch
 is_list_sender = re.compile(
-    "owner-.+|.+[-+]owner(?:[-+].*)?|.+-request|.+-bounces?|bounces?(?:[+=-].*)?|"
+    "owner-.+|.+[-+]owner(?:[-+].*)?|.+-request|.+-bounces?(?:[+=].*)?|"
+    "bounces?(?:[+=-].*)?|"
     ".*noreply.*|(?:.*[-_.+])?no[-_.]repl(?:y|ies).*").fullmatch
 is_robot = re.compile(
     ".*do[-_.]?not[-_.]?reply.*|mailerdaemon|no[-_.]?respond.*|nobody|abuse|root|listserv|"
@@ -1816,7 +1862,9 @@ is_vacation = re.compile(
     "respuesta automática|resposta automática|fuori sede|risposta automatica|"
     "automatiskt? svar|frånvaro|automatisch antwoord|automaattinen vastaus|"
     "automatická odpověď|automatikus válasz|automatyczna odpowiedź|"
-    "автоматический ответ|自動応答|自动回复|自動回覆"
+    "automatická odpoveď|automatski odgovor|otomatik yanıt|răspuns automat|"
+    "αυτόματη απάντηση|автоматич(?:еский ответ|на відповідь)|"
+    "自動応答|自动(?:回复|答复)|自動回覆|자동 회신"
     r")\s*(?:[:：].*|$)|(?:\[[^\]]*\]\s*)*auto\s*[:：].*|"
     r".* is out of the office(?:\.| until .*| ?\(returning.*)?)", re.I).fullmatch
 may_be_vacation = re.compile(
@@ -1912,10 +1960,10 @@ SIGNS: tuple[tuple[str, Test, str], ...] = (
     ("machine", has("x-arf feedback-type", "(?!no$).+"),
      "an abuse report (X-ARF, RFC 5965)"),
     ("list", has("precedence x-precedence", "list"), "Precedence: list (RFC 3834 2)"),
-    ("list", has(LIST_HEADERS, ".*"), "a mailing list's header (RFC 2919, RFC 5230 4.6)"),
+    ("list", has(LIST_HEADERS, ".+"), "a mailing list's header (RFC 2919, RFC 5230 4.6)"),
     ("bulk", has("precedence x-precedence", r"(?:bulk|junk)\b.*"),
      "Precedence: bulk or junk (RFC 3834 2)"),
-    ("bulk", has(BULK_HEADERS, ".*"), "a mass mailing's header"),
+    ("bulk", has(BULK_HEADERS, ".+"), "a mass mailing's header"),
     # From here on it is a person's mail that is not confirmed; the last row's is.
     ("human", lambda mail: mail.is_null, "the envelope sender is null (RFC 3834 2)"),
     ("human", lambda mail: (is_robot(mail.author) or is_postmaster(mail.author)
@@ -1957,7 +2005,8 @@ def classify(message: Message, post: Post) -> Filing:
 
 
 # name → word that is taken off; "" = whatever it says.
-LIST_STAMPS = dict.fromkeys(f"{LIST_HEADERS} {BULK_HEADERS}".split(), "") | {
+LIST_STAMPS = dict.fromkeys(LIST_HEADERS.split(), "") | {
+    "list-unsubscribe": "", "list-unsubscribe-post": "",
     "precedence": "list", "x-precedence": "list"}
 FORWARDER_STAMPS = LIST_STAMPS | {
     "x-ms-exchange-inbox-rules-loop": "", "auto-submitted": "auto-generated",
@@ -2854,11 +2903,15 @@ def sent_lately(db: DB, now: int, purpose: str, to: Any, column: str = "mailbox"
 
 
 def domain_key(mailbox: str) -> str:
-    """Whose domain it is, without sub-domains: two labels, or three as in example.co.uk."""
+    """Whose domain it is, without sub-domains: two labels, or three as in example.co.uk.
+
+    A large provider's sub-domain is a customer's: Ada has all of ada.fastmail.com.
+    """
     is_shared = re.search(
         r"\.(?:com?|org|net|gov|edu|ac|or|ne|go|gob|gv|nom)\.[^.]{2}$", mailbox)
-    labels = mailbox.rpartition("@")[2].split(".")
-    return ".".join(labels[-3 if is_shared else -2:])
+    domain = mailbox.rpartition("@")[2]
+    owner = ".".join(domain.split(".")[-3 if is_shared else -2:])
+    return domain if owner in LARGE_PROVIDERS else owner
 
 
 def deliverable(address: str) -> str:
@@ -2887,23 +2940,23 @@ def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, s
     recipient = deliverable(address)
     if not recipient:
         raise Refused(400, f"{address!r} is not an address that we can write to")
+    ours = account["address"]
+    # 128 random bits; the message row, not the id, says which ticket.
+    own_id = f"<{secrets.token_hex(16)}@{ours.rpartition('@')[2].lower()}>"
     known = [parent for parent in ancestors if OWN_ID.fullmatch(parent)]
     parents = [parent for parent in ancestors[-1:] if parent in known]
-    known = known[:1] + known[1:][-9:]
-    # `=?` is broken up: mail programs would decode what stands behind it.
-    name = one_line(name or account["display_name"] or "").replace("=?", "= ?")
-    if len(name.encode()) > 300:        # encoded or quoted it has to fit a line
-        name = ""
+    # A notice names itself: relays as Amazon SES write another Message-ID.
+    known = known[:1] + known[1:][-9:] + [own_id] * (TOLD in extra)
+    # `=?` is broken up: mail programs would decode what stands behind it. The name has to
+    # fit a line, encoded.
+    name = one_line(name or account["display_name"] or "").replace("=?", "= ?")[:150]
     subject = subject.replace("=?", "= ?")
-    ours = account["address"]
     mail = email.message.EmailMessage(Verbatim())
     for header, value in {
             "From": email.utils.formataddr((name, ours)), "To": recipient,
             "Subject": subject, "Date": email.utils.formatdate(now),
-            # 128 random bits; the message row, not the id, says which ticket.
-            "Message-ID": f"<{secrets.token_hex(16)}@{ours.rpartition('@')[2].lower()}>",
-            "In-Reply-To": "".join(parents), "References": " ".join(known),
-            **extra}.items():
+            "Message-ID": own_id, "In-Reply-To": "".join(parents),
+            "References": " ".join(known), **extra}.items():
         if value:
             mail[header] = value
     # Quoted-printable is what people can read, and takes up to 2 s a megabyte.
@@ -2918,7 +2971,7 @@ def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, s
             or max(map(len, content.split(b"\r\n"))) > 998):
         raise Refused(400, "the mail cannot be written safely")
     return Message(
-        message_id=mail["Message-ID"], digest="", in_reply_to=parents, references=known,
+        message_id=own_id, digest="", in_reply_to=parents, references=known,
         from_address=ours, from_name=name, to=[recipient], cc=[], subject=subject,
         envelope_from=(account["confirmation_envelope_from"] or "") if extra else ours,
         text=text, html=None, headers=[[*pair] for pair in mail.items()], content=content)

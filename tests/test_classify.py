@@ -7,7 +7,7 @@ both doors, as a raw message and as JSON, and has to come to the same by each.
 import base64
 
 import pytest
-from doors import DOORS, by_both_doors, deliver
+from doors import DOORS, by_both_doors, deliver, raw_of
 
 from conftest import HERE
 
@@ -444,6 +444,9 @@ HEADERS = [
     ("X-ARF", "yes", "machine"),
     ("Feedback-Type", "abuse", "machine"),
     ("Feedback-Type", "opt-out", "machine"),
+    ("List-Id", "", "human"),           # some providers post all that they know, empty or not
+    ("List-Unsubscribe", " ", "human"),
+    ("Feedback-ID", "", "human"),
     ("List-Id", "Talk <talk.lists.example.org>", "list"),
     ("List-Id", "talk.lists.example.org", "list"),
     ("List-Id", "Support <support.helpdesk.example>", "human"),
@@ -473,6 +476,13 @@ HEADERS = [
 def test_a_header_alone_decides_or_does_not(bare, name, value, kind):
     mail = bare.mail(headers={name: value})
     assert fate(bare, mail) == (kind, "queued" if kind == "human" else "withheld")
+
+
+@pytest.mark.parametrize("name", ["Feedback-ID", "X-CampaignID", "X-CSA-Complaints"])
+def test_a_list_of_our_own_hides_no_mass_mailing(bare, name):
+    ours = {"List-Id": "<support.helpdesk.example>", "List-Unsubscribe": "<mailto:off@x.example>"}
+    assert fate(bare, bare.mail(headers=ours)) == ("human", "queued")
+    assert fate(bare, bare.mail(headers=ours | {name: "88-1"})) == ("bulk", "withheld")
 
 
 AGENT = {"X-MS-Exchange-Generated-Message-Source": "Mailbox Rules Agent"}
@@ -598,6 +608,14 @@ SUBJECTS = [
     ("自動応答: プリンター", "auto-reply"),
     ("自動応答：プリンター", "auto-reply"),  # with a full-width colon
     ("自动回复: 打印机", "auto-reply"),
+    ("自动答复: 打印机", "auto-reply"),     # Exchange's own words in each language, from here
+    ("자동 회신: 프린터", "auto-reply"),
+    ("Otomatik yanıt: yazıcı", "auto-reply"),
+    ("Răspuns automat: imprimantă", "auto-reply"),
+    ("Αυτόματη απάντηση: εκτυπωτής", "auto-reply"),
+    ("Автоматична відповідь: принтер", "auto-reply"),
+    ("Автоматический ответ: принтер", "auto-reply"),
+    ("Automatická odpoveď: tlačiareň", "auto-reply"),
     ("=?utf-8?B?6Ieq5Yqo5Zue5aSNOiDmiZPljbDmnLo=?=", "auto-reply"),  # the same, still encoded
     ("Re: Automatic reply: Printer", "human"),  # that is how a person answers one
     ("RE: re: Automatic reply: Printer", "human"),
@@ -771,6 +789,7 @@ ADDRESSES = [
     ("talk+owner@lists.example.org", "withheld"),
     ("talk-request@lists.example.org", "withheld"),
     ("talk-bounces@lists.example.org", "withheld"),
+    ("talk-bounces+ada=customer.example@lists.example.org", "withheld"),
     ("bounce@mailer.example", "withheld"),
     ("bounces@mailer.example", "withheld"),
     ("bounce+17@mailer.example", "withheld"),
@@ -815,6 +834,7 @@ ENVELOPES = [
     ("prvs=0123abcdef=ada@customer.example", "human", "queued"),
     ("SRS0=HHH1=TT=customer.example=ada@forwarder.example", "human", "queued"),
     ("owner-staff@lists.customer.example", "human", "withheld"),
+    ("staff-bounces+ada=customer.example@lists.customer.example", "human", "withheld"),
     ("", "human", "withheld"),  # alone it says that nobody wants an answer, not who wrote
     ("<>", "human", "withheld"),
     ("MAILER-DAEMON@mx.customer.example", "bounce", "withheld"),
@@ -845,6 +865,14 @@ BESIDE_NULL = [
 @pytest.mark.parametrize("fields, kind", BESIDE_NULL)
 def test_a_null_path_beside_another_sign_is_what_the_other_says(bare, fields, kind):
     assert fate(bare, bare.mail(envelope={"from": ""}, **fields)) == (kind, "withheld")
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_two_headers_from_are_two_authors(bare, door):
+    headers = [["From", "ada@customer.example"], ["From", "bob@customer.example"]]
+    mail = raw_of({"headers": headers, "message_id": "<two@customer.example>", "text": "It burns."})
+    answer = deliver(bare, mail, door)
+    assert (answer["kind"], answer["confirmation"]) == ("human", "withheld")
 
 
 @pytest.mark.parametrize("fields", [{"from": "noreply@shop.example"}, {"envelope": {"from": ""}},

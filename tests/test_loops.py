@@ -910,6 +910,13 @@ def test_a_large_provider_s_domain_has_no_cap_of_its_own(desk, domain):
         "queued", "queued", "withheld"]
 
 
+def test_a_large_provider_s_sub_domain_is_one_person_s(desk):
+    desk.execute("UPDATE email_account SET confirmations_per_domain_hour = 2")
+    assert confirmations(desk, [f"{name}@ada.fastmail.com" for name in "abc"]) == [
+        "queued", "queued", "withheld"]
+    assert confirmations(desk, ["ada@fastmail.com", "bob@bob.fastmail.com"]) == ["queued"] * 2
+
+
 def test_the_domain_s_cap_is_a_column_in_force_for_the_next_mail(desk):
     assert desk.sql("SELECT confirmations_per_domain_hour FROM email_account") == [(30,)]
     desk.execute("UPDATE email_account SET confirmations_per_domain_hour = 0")

@@ -895,7 +895,7 @@ def test_from_is_the_accounts_address_alone_whatever_its_name(desk, display_name
     [(name, address)] = email.utils.getaddresses([raw])
     assert address == "support@helpdesk.example"
     shown = str(email.header.make_header(email.header.decode_header(name)))
-    assert "".join(shown.split()) == "".join((display_name or "").split())
+    assert "".join(shown.split()) == "".join((display_name or "")[:150].split())
     assert_harmless(outbox(desk)[0]["content"], ALWAYS + AUTOMATIC + THREADS)
 
 

@@ -112,7 +112,8 @@ def test_a_notice_is_what_it_has_to_be(team):
     assert [(name, str(value)) for name, value in mail.items() if name not in (
         "Date", "Message-ID", "Content-Type", "Content-Transfer-Encoding", "MIME-Version")] == [
             ("From", f"Ada Lovelace via Support <{US}>"), ("To", BOB),
-            ("Subject", f"[{reference}] Printer on fire"), ("Auto-Submitted", "auto-generated"),
+            ("Subject", f"[{reference}] Printer on fire"),
+            ("References", mail["Message-ID"]), ("Auto-Submitted", "auto-generated"),
             ("X-Auto-Response-Suppress", "All"), ("Precedence", "bulk"),
             ("X-Inbound-Notice", reference)]
     assert re.fullmatch("<[0-9a-f]{32}@helpdesk.example>", mail["Message-ID"])
@@ -150,7 +151,8 @@ def test_the_notices_of_a_ticket_are_one_thread_for_each_of_the_team(team):
         assert first["In-Reply-To"] is None
         assert second["In-Reply-To"] == first["Message-ID"]
         assert third["In-Reply-To"] == second["Message-ID"]
-        assert third["References"].split() == [first["Message-ID"], second["Message-ID"]]
+        assert third["References"].split() == [
+            first["Message-ID"], second["Message-ID"], third["Message-ID"]]
         assert {mail["Subject"] for mail in (first, second, third)} == {first["Subject"]}
 
 
@@ -221,7 +223,7 @@ def test_a_stranger_s_words_are_text_and_nothing_else(team, words):
     for content, in team.sql("SELECT content FROM outbox WHERE purpose = 'notice'"):
         head = content.partition(b"\r\n\r\n")[0]
         names = re.findall(rb"^([^\s:]+):", head, re.M)
-        assert len(names) == len({*names}) == 12 and b"Bcc" not in names
+        assert len(names) == len({*names}) == 13 and b"Bcc" not in names
         assert content.isascii() and b"\n" not in content.replace(b"\r\n", b"")
     for mail in told(team):
         assert mail["From"].addresses[0].addr_spec == US and len(mail["From"].addresses) == 1
@@ -315,6 +317,15 @@ def test_a_reply_to_a_notice_goes_to_the_customer(asked, door):
     assert asked.sql("SELECT recipient, domain FROM outbox WHERE purpose = 'answer'") == [
         (ADA, "customer.example")]
     assert status_of(asked) == ("open", "team")
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_an_answer_is_known_where_the_relay_wrote_another_message_id(asked, door):
+    """As Amazon SES does; the other headers stay as they are, and replies name what is in them."""
+    ids = ["<0102-9a@eu-west-1.amazonses.com>", asked.notice["References"]]
+    body = reply_to(asked.notice, "Pull the plug.")
+    body |= {"in_reply_to": ids[0], "references": ids[::-1]}
+    assert deliver(asked, body, door)["reason"] == f"answer of {BOB}"
 
 
 def test_an_answer_stands_on_the_ticket_as_it_came(asked):
