@@ -2946,7 +2946,7 @@ def draft_mail(account: Row, now: int, address: str, extra: dict[str, str], *, s
     known = [parent for parent in ancestors if OWN_ID.fullmatch(parent)]
     parents = [parent for parent in ancestors[-1:] if parent in known]
     # A notice names itself: relays as Amazon SES write another Message-ID.
-    known = known[:1] + known[1:][-9:] + [own_id] * (TOLD in extra)
+    known = known[:1] + known[1:][-9:] + ([own_id] if TOLD in extra else [])
     # `=?` is broken up: mail programs would decode what stands behind it. The name has to
     # fit a line, encoded.
     name = one_line(name or account["display_name"] or "").replace("=?", "= ?")[:150]
