@@ -151,18 +151,18 @@ class File:
 
     def sql(self, query, *parameters):
         """All rows of `query`, each a tuple, on a connection of its own."""
-        with contextlib.closing(sqlite3.connect(self.path, LONG)) as connection:
+        with contextlib.closing(sqlite3.connect(self.path, timeout=LONG)) as connection:
             return connection.execute(query, parameters).fetchall()
 
     def records(self, query, *parameters):
         """The same, each a dict."""
-        with contextlib.closing(sqlite3.connect(self.path, LONG)) as connection:
+        with contextlib.closing(sqlite3.connect(self.path, timeout=LONG)) as connection:
             connection.row_factory = sqlite3.Row
             return [dict(row) for row in connection.execute(query, parameters)]
 
     def execute(self, statement, *parameters):
         """Change the database."""
-        with contextlib.closing(sqlite3.connect(self.path, LONG)) as connection, connection:
+        with contextlib.closing(sqlite3.connect(self.path, timeout=LONG)) as connection, connection:
             connection.execute(statement, parameters)
 
     def count(self, table):
@@ -181,7 +181,8 @@ class File:
     @contextlib.contextmanager
     def locked(self):
         """Another process' write transaction, as `sqlite3 inbound.db` with an open BEGIN is one."""
-        with contextlib.closing(sqlite3.connect(self.path, LONG, isolation_level=None)) as holder:
+        with contextlib.closing(sqlite3.connect(
+                self.path, timeout=LONG, isolation_level=None)) as holder:
             holder.execute("BEGIN IMMEDIATE")
             yield holder
             if holder.in_transaction:
@@ -189,7 +190,7 @@ class File:
 
     def dump(self):
         """The whole content, as lines of SQL."""
-        with contextlib.closing(sqlite3.connect(self.path, LONG)) as connection:
+        with contextlib.closing(sqlite3.connect(self.path, timeout=LONG)) as connection:
             return list(connection.iterdump())
 
 
