@@ -520,9 +520,8 @@ TROUBLES = """
         WHERE next_attempt_at IS NOT NULL AND created_at < :now - 3600)
     UNION ALL SELECT 1, 'disk: ' || round(:free, 1) || ' % free, expected 5 % or more'
     WHERE :free < 5
-    UNION ALL SELECT 0, replace(
-        '@ has no relay: run `inbound account set --account @ smtp_host=…`', '@', address)
-    FROM email_account WHERE smtp_host IS NULL
+    UNION ALL SELECT 0, address || ' has no relay: run `inbound account set --account '
+        || address || ' smtp_host=…`' FROM email_account WHERE smtp_host IS NULL
     UNION ALL SELECT 0, address || ' is nobody''s: run `inbound account set address=…`'
     FROM email_account WHERE address = 'support@localhost'
     UNION ALL SELECT 0, count(*) || ' rejected posts are waiting: run `inbound rejected`'
@@ -1367,7 +1366,8 @@ def mail_of(provider: Provider, post: Any) -> Mail:
             provider.mend(post, mail)
         if not any(mail.values()):
             raise Refused(422, f"nothing in it reads as a mail of {provider.name}")
-    known = spelled(post) | known       # SocketLabs' stands beside the mail
+    if provider.place:          # SocketLabs' stands beside the mail
+        known = spelled(post) | known
     mail["verdict"] = "\n".join(str(at(known, path))[:99] for path in VERDICT)
     if provider.envelope_from:
         mail["envelope"] = {"from": at(post, provider.envelope_from)}
@@ -1786,8 +1786,7 @@ MARKUP: tuple[tuple[str, Any], ...] = (
     (r"</?t[dh]\b[^<>]*>", " "),
     (r"</?(?:address|article|aside|blockquote|br|caption|center|dd|details|div|dl|dt|"
      r"fieldset|figcaption|figure|footer|form|h[1-6]|header|hr|legend|li|main|nav|ol|"
-     r"option|p|pre|section|summary|table|tr|ul)\b[^<>]*>",
-     "\n"),
+     r"option|p|pre|section|summary|table|tr|ul)\b[^<>]*>", "\n"),
     (r"<(?!/?a\b)[/!?a-z][^<>]*>", ""),
     (r"""<a\b(?=[^<>]*>)[^<>]*?\shref\s*=\s*(["']?)(?:mailto:)?([^<>]*?)\1(?:\s[^<>]*)?>"""
      r"(.*?)(?=</?a\b|\Z)", with_link),
@@ -1847,8 +1846,7 @@ is_daemon = re.compile("mailer-daemon|mail-daemon|mdaemon").fullmatch
 is_postmaster = re.compile("post[-_.]?master").fullmatch
 is_list_sender = re.compile(
     "owner-.+|.+[-+]owner(?:[-+].*)?|.+-request|.+-bounces?(?:[+=].*)?|"
-    "bounces?(?:[+=-].*)?|"
-    ".*noreply.*|(?:.*[-_.+])?no[-_.]repl(?:y|ies).*").fullmatch
+    "bounces?(?:[+=-].*)?|.*noreply.*|(?:.*[-_.+])?no[-_.]repl(?:y|ies).*").fullmatch
 is_robot = re.compile(
     ".*do[-_.]?not[-_.]?reply.*|mailerdaemon|no[-_.]?respond.*|nobody|abuse|root|listserv|"
     "auto[-_.]?(?:reply|responder)|majordomo|mailman|feedbackloop|"
@@ -3158,7 +3156,7 @@ def has_words(text: str, ours: str) -> bool:
     for paragraph in re.split(r"\n\s*\n", re.split("(?m)^-- ?$", text)[0]):
         head = "\n".join(paragraph.lower().split("\n")[:2])
         # Outlook's From: line, all below is quoted; in a sentence it is an address.
-        if re.search(HEAD_OF_QUOTATION + re.escape(ours), head) and not is_marked:
+        if not is_marked and re.search(HEAD_OF_QUOTATION + re.escape(ours), head):
             return False
         lines = re.findall(r"(?m)^[^\S\n]*[^\s>].*", paragraph)
         if lines and not lines[-1].rstrip().endswith(":"):
@@ -3861,7 +3859,8 @@ def update_account(db: DB, now: int, values: Row) -> None:
         if mailbox_key(deliverable(each)) not in staff:
             raise Refused(400, f"nobody can be told at {each!r}: expected an address that "
                                "we can write to, and none that is our own")
-    if "@" not in (values.get("confirmation_envelope_from") or "@"):
+    envelope_from = values.get("confirmation_envelope_from")
+    if envelope_from and "@" not in envelope_from:
         raise Refused(400, "confirmation_envelope_from is an address, or empty for <>")
     for name in ("smtp_username", "smtp_password"):
         if not (values.get(name) or "").isascii():
@@ -4041,11 +4040,12 @@ def reply(store: Store, reference: str, *, to: str = "") -> Any:
     last = store.rows("""SELECT from_address AS author FROM message WHERE ticket = ?
         AND direction = 'in' ORDER BY id DESC LIMIT 1""", [ticket["id"]])
     draft = store.write(send_reply, account, ticket, to or ticket["requester"], text)
-    [to] = draft.to
-    for author in (row["author"] for row in last):      # none: it was erased
-        if mailbox_key(author) != mailbox_key(to):
-            print(f"inbound: {author} wrote last, this goes to {to}", file=sys.stderr)
-    return {"reference": ticket["reference"], "to": to, "message_id": draft.message_id}
+    [recipient] = draft.to
+    author = last[0]["author"] if last else recipient       # none: it was erased
+    if mailbox_key(author) != mailbox_key(recipient):
+        print(f"inbound: {author} wrote last, this goes to {recipient}", file=sys.stderr)
+    return {"reference": ticket["reference"], "to": recipient,
+            "message_id": draft.message_id}
 
 
 def close(store: Store, reference: str) -> Any:
@@ -4454,9 +4454,9 @@ def erase(db: DB, now: int, address: str) -> Row:
     key = mailbox_key(address)
     # The end of another's address is none; before a whole one may stand an escape.
     # (?=: at every byte the four looks back would cost three times as much.
-    theirs = spellings(address).pattern
+    itself = spellings(address).pattern
     start = r"(?:(?<![\w.+-])|(?<=\\[nrt])|(?<=%[0-9a-f]{2})|(?<=\\u00[0-9a-f]{2}))"
-    find = re.compile(rf"(?={theirs}){start}{theirs}(?!\.?[\w-])", re.I).search
+    find = re.compile(rf"(?={itself}){start}{itself}(?!\.?[\w-])", re.I).search
     db.create_function("theirs", 1, lambda other: mailbox_key(other) == key)
     db.create_function("names_them", 1, lambda body: bool(find(body.decode("latin-1"))))
     gone = {
