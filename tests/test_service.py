@@ -158,7 +158,7 @@ def test_systemd_is_told_when_it_answers_and_when_it_stops(start, tmp_path, abst
 @pytest.mark.slow
 def test_a_server_that_wants_to_be_started_anew_ends_with_a_failure(start):
     """Units and containers that restart on failure take 0 for what was wanted."""
-    unit = start()
+    unit = start("--listen", "unix:inbound.sock")
     unit.process.send_signal(signal.SIGUSR1)
     assert unit.said() == b"STOPPING=1" and unit.process.wait(20) == 1
 
